@@ -1,0 +1,118 @@
+"""The paper's symbols as command line flags (McMahan et al. 2017, Section 2), and every check on their values.
+
+Nothing else in the project knows argparse. A value that makes no sense ends the program with exit code 2 and one line
+that names the flag, the value and what would do, before any data are read. This file needs the standard library only.
+
+    python fedavg.py --help
+"""
+import argparse
+import math
+import os
+import sys
+
+# What --num_users, --num_channels and --num_classes are held against: training examples, channels, classes.
+DATASETS = {'mnist': (60000, 1, 10), 'fmnist': (60000, 1, 10), 'cifar': (50000, 3, 10), 'synthetic': (60000, 1, 10)}
+
+#############################################
+#       Values: text in, number out         #
+#############################################
+
+def fail(message):
+    """Ends the program as every bad input does: one line on stderr, exit code 2."""
+    print(f'fedavg.py: error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+class Parser(argparse.ArgumentParser):
+    """argparse without the usage block before an error: the one line is the message."""
+    def error(self, message):
+        fail(message.removeprefix('argument '))
+
+def number(kind, low, high=math.inf, hint='', above=False, word=None):
+    """A flag's type: a finite `kind` in [low, high], in (low, high] if `above`, or the given `word` for infinity."""
+    what = 'a whole number' if kind is int else 'a number'
+    span = f'{what} {"above" if above else "of at least"} {low}' + (f' and at most {high}' if high < math.inf else '')
+    def parse(text):
+        if word and text.lower() == word: return math.inf
+        try: value = kind(text)
+        except ValueError: value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f'{text!r} will not do; it takes {span}' + (f' or {word}' if word else '')
+                                             + (f' ({hint})' if hint else ''))
+        return value
+    return parse
+
+def writable(text):
+    """A flag's type: a path at which a file can be written, now and when it is replaced by a rename."""
+    folder = os.path.dirname(os.path.abspath(text))
+    if not text or os.path.isdir(text): raise argparse.ArgumentTypeError(f'{text!r} is a folder; name a file')
+    if not os.path.isdir(folder): raise argparse.ArgumentTypeError(f'{text!r} lies in a folder that does not exist; make {folder} first')
+    if not os.access(folder, os.W_OK) or (os.path.exists(text) and not os.access(text, os.W_OK)):
+        raise argparse.ArgumentTypeError(f'{text!r} cannot be written; name a file in a folder that you may write to')
+    return text
+
+#############################################
+#                 The flags                 #
+#############################################
+
+def args_parser(argv=None):
+    """The command line as a Namespace. argv: list of words, None for sys.argv. Exits with code 2 on a senseless value."""
+    parser = Parser(prog='fedavg.py', description='Federated averaging: Algorithm 1 of McMahan et al. 2017.', allow_abbrev=False)
+
+    def add(name, default, kind, text, **more):
+        parser.add_argument(f'--{name}', default=default, type=kind, help=f'{text} (default {default})', **more)
+    def switch(name, default, text):
+        add(name, default, int, text, nargs='?', const=1, choices=(0, 1))
+
+    group = parser.add_argument_group('federation')
+    add('epochs', 30, number(int, 1), 'rounds t of training')
+    add('num_users', 100, number(int, 1), 'K, clients in all; the paper has 100')
+    add('frac', 0.1, number(float, 0, 1), 'C, fraction of clients asked per round, m = max(round(C K), 1); the paper has 0 to 1')
+    add('local_ep', 5, number(int, 1), 'E, local epochs; the paper has 1 to 20')
+    add('local_bs', 10, number(int, 1, word='inf'), "B, local batch size, 'inf' for all of a client's data; the paper has 10, 50 and inf")
+    add('lr', 0.1, number(float, 0, above=True), 'eta, local learning rate; the paper picks it per cell of a table')
+    add('lr_decay', 1.0, number(float, 0, 1, above=True), 'eta is multiplied by this each round; the paper has 0.99 on CIFAR')
+    add('momentum', 0.0, number(float, 0, 0.9999), 'momentum of the local SGD; the paper has none')
+    add('optimizer', 'sgd', str, 'local optimizer; the paper has SGD', choices=('sgd', 'adamw'))
+    switch('all_clients', 0, "1: the sum over all K clients of the paper's 2017 text, a client not asked counts with w_t")
+
+    add('model', '2nn', str, "2nn and paper_cnn are the paper's nets; mlp and cnn those of the layout this project mirrors",
+        choices=('2nn', 'paper_cnn', 'mlp', 'cnn'))
+    add('dataset', 'mnist', str, 'synthetic is drawn by the program itself and needs no download', choices=tuple(DATASETS))
+    add('data_dir', './data', str, "torchvision's root folder; files missing there are downloaded")
+    add('num_channels', None, number(int, 1), "the images' channels; known from the data")
+    add('num_classes', None, number(int, 1), "the labels' classes; known from the data")
+    switch('iid', 1, '1: shuffled; 0: sorted by label, two shards per client')
+    add('alpha', None, number(float, 0, above=True), 'with --iid 0: a Dirichlet(alpha) split over the labels instead of shards')
+    switch('unequal', 0, "1: the clients' sizes n_k differ by a log-normal factor")
+
+    add('gpu', 0, number(int, -1), 'CUDA device, used when CUDA is present; -1 is the CPU')
+    add('seed', 1, number(int, 0), 'the one seed of partition, selection, initialisation and shuffling')
+    add('bs', 1000, number(int, 1), 'batch size of the evaluation, examples')
+    add('target', None, number(float, 0, 1, above=True, hint='0.97 is 97 %'), 'stop at this test accuracy and report the rounds it took')
+    add('log', None, writable, 'CSV file, one row a round')
+    add('checkpoint', None, writable, 'file that the run can be resumed from')
+    add('save_every', 1, number(int, 1), 'rounds between checkpoints')
+    switch('resume', 0, 'go on from --checkpoint')
+    add('plot', None, writable, 'accuracy and loss against rounds, drawn by matplotlib; .png, .pdf or .svg')
+    switch('verbose', 0, "1: a line for each client's update too")
+
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+def check(args):
+    """What no single flag can see: values that contradict each other or the data. Fills in num_channels and num_classes."""
+    n, channels, classes = DATASETS[args.dataset]
+    for name, known in (('num_channels', channels), ('num_classes', classes)):
+        given = getattr(args, name)
+        if given not in (None, known): fail(f'--{name} {given}: {args.dataset} has {known}; leave the flag out')
+        setattr(args, name, known)
+    if args.num_users > n: fail(f'--num_users {args.num_users}: {args.dataset} has {n} training examples; at most that many clients')
+    if args.alpha and args.iid: fail(f'--alpha {args.alpha}: splits by label, which --iid 1 does not; add --iid 0')
+    if args.momentum and args.optimizer != 'sgd': fail(f'--momentum {args.momentum}: adamw has its own; leave the flag out, or --optimizer sgd')
+    if args.resume and not args.checkpoint: fail('--resume 1: nothing to go on from; name the file with --checkpoint')
+    if args.resume and not os.path.isfile(args.checkpoint):
+        fail(f'--resume 1: there is no file {args.checkpoint}; leave --resume out for a first run')
+    if args.plot and not args.plot.endswith(('.png', '.pdf', '.svg')): fail(f'--plot {args.plot}: the name ends in .png, .pdf or .svg')
+    files = [os.path.abspath(f) for f in (args.log, args.checkpoint, args.plot) if f]
+    if len(set(files)) < len(files): fail(f'--log, --checkpoint and --plot: {files[-1]} is named twice; name a file for each')

@@ -1,0 +1,210 @@
+"""The data, who holds which examples, and who is asked in round t (McMahan et al. 2017, Sections 2 and 3).
+
+A partition is a dict {client k: array of indices into the training set}, disjoint and covering every example. How many
+examples a client holds (`sizes`) and which ones (`iid`, `shards`, `dirichlet`) are chosen apart, so that any two go
+together. All randomness comes from `rng`. This file needs numpy, torch and torchvision.
+
+    from sampling import mnist_noniid
+    users = mnist_noniid(torchvision.datasets.MNIST('data'), 100)
+"""
+import hashlib
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+
+#############################################
+#                Randomness                 #
+#############################################
+
+def rng(seed, *keys):
+    """The NumPy generator of (seed, *keys), keys being names and whole numbers: the same for the same, whatever ran before."""
+    text = ' '.join(map(str, (seed, *keys)))
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest(), 'big'))
+
+#############################################
+#                 The data                  #
+#############################################
+
+KINDS = {'mnist': datasets.MNIST, 'fmnist': datasets.FashionMNIST, 'cifar': datasets.CIFAR10}
+MEAN_STD = {'mnist': ((0.1307,), (0.3081,)), 'fmnist': ((0.2860,), (0.3530,)),
+            'cifar': ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
+
+def load(name, data_dir, seed=0):
+    """Training and test set as two TensorDatasets: images (n, channels, h, w) standardised float32, labels (n,) int64.
+
+    name: 'mnist', 'fmnist', 'cifar', read through torchvision from data_dir (downloaded if missing there), or
+    'synthetic', drawn from seed. Raises OSError with one line that names the folder or the file at fault.
+    """
+    if name == 'synthetic': return synthetic(60000, seed, 'train'), synthetic(10000, seed, 'test')
+    for path in files(name, data_dir):
+        if os.path.exists(path) and not sound(path): raise OSError(f'{path} is truncated or corrupt; delete it and fetch it anew')
+    try:
+        sets = [KINDS[name](data_dir, train=train, download=True) for train in (True, False)]
+    except Exception as e:      # torchvision raises anything from URLError to RuntimeError here
+        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
+        missing = [p for p in files(name, data_dir) if not os.path.exists(p)]
+        raise OSError(f'{missing[0] if missing else data_dir} is missing or unreadable, and the download to {os.path.abspath(data_dir)} '
+                      f'failed ({reason}); name the folder that holds {name} with --data_dir, or take --dataset synthetic') from e
+    return tuple(standardised(name, data_dir, s) for s in sets)
+
+def files(name, data_dir):
+    """The paths of the files that torchvision keeps under data_dir for the data set `name`."""
+    kind = KINDS[name]
+    if name == 'cifar':
+        return [os.path.join(data_dir, kind.base_folder, f) for f, _ in kind.train_list + kind.test_list]
+    return [os.path.join(data_dir, kind.__name__, 'raw', f.removesuffix('.gz')) for f, _ in kind.resources]
+
+def sound(path):
+    """Whether a data file is whole: an IDX file by its header's dimensions, a CIFAR batch by the MD5 sum torchvision knows."""
+    name = os.path.basename(path)
+    if not name.endswith('-ubyte'):
+        return check_integrity(path, dict(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list)[name])
+    with open(path, 'rb') as f: head = f.read(16)
+    dims = 3 if 'images' in name else 1                         # magic number: 0, 0, 8 for uint8, number of dimensions
+    shape = [int.from_bytes(head[4 + 4 * i:8 + 4 * i], 'big') for i in range(dims)]
+    return head[:4] == bytes((0, 0, 8, dims)) and os.path.getsize(path) == 4 + 4 * dims + math.prod(shape)
+
+def standardised(name, data_dir, dataset):
+    """A torchvision data set's uint8 images and labels as a TensorDataset. Raises OSError if they do not belong together."""
+    x, y = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+    x = x.permute(0, 3, 1, 2) if x.dim() == 4 else x.unsqueeze(1)               # (n, channels, h, w)
+    if len(x) != len(y) or not len(x) or x.shape[-2:] != ((32, 32) if name == 'cifar' else (28, 28)) or not 0 <= y.min() <= y.max() < 10:
+        raise OSError(f'{os.path.abspath(data_dir)}: {name} there holds {len(x)} images of {tuple(x.shape[1:])} and {len(y)} labels '
+                      'that do not belong together; fetch it anew')
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in MEAN_STD[name])
+    return TensorDataset(x.float().div_(255).sub_(mean).div_(std).contiguous(), y.long())
+
+#############################################
+#              Synthetic digits             #
+#############################################
+
+# Pen strokes through points "xy" on a grid 5 wide and 7 high, y downwards.
+GLYPHS = ('10 30 41 45 36 16 05 01 10', '02 20 26', '01 10 30 41 42 06 46', '01 10 30 41 42 33 13, 33 44 45 36 16 05', '30 04 44, 30 36',
+          '40 00 02 32 43 45 36 16 05', '30 12 04 05 16 36 45 44 33 13 04', '00 40 16',
+          '10 30 41 42 33 13 02 01 10, 13 33 44 45 36 16 05 04 13', '42 33 13 02 01 10 30 41 42 34 16')
+
+def distance_fields(side=48, reach=1.5):
+    """How far each point of [-reach, reach]^2 is from each digit's pen strokes, (10, 1, side, side); a digit is 1 high."""
+    axis = torch.linspace(-reach, reach, side)
+    at = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), -1)[:, :, None]             # (side, side, 1, 2)
+    fields = []
+    for glyph in GLYPHS:
+        ends = torch.tensor([[[int(p[0]) - 2, int(p[1]) - 3] for p in pair] for stroke in glyph.split(', ')
+                             for pair in zip(stroke.split(), stroke.split()[1:])]) / 6      # (segments, 2 ends, 2)
+        a, along = ends[:, 0], ends[:, 1] - ends[:, 0]
+        where = (((at - a) * along).sum(-1) / (along * along).sum(-1)).clamp(0, 1)          # nearest point's share of the segment
+        fields.append((at - a - where[..., None] * along).norm(dim=-1).amin(-1))
+    return torch.stack(fields)[:, None]
+
+def synthetic(n, seed, name):
+    """n digits drawn with a pen of random width, turned, sheared, stretched, shifted, bent and covered with noise."""
+    draw = torch.Generator().manual_seed(int(rng(seed, 'synthetic', name).integers(2**63)))
+    fields, reach = distance_fields(), 1.5
+    y = torch.randint(10, (n,), generator=draw)
+    x = torch.empty(n, 1, 28, 28)
+    def normal(*shape): return torch.randn(*shape, generator=draw)
+    for at in torch.arange(n).split(4000):
+        b = len(at)
+        turn, shear, stretch = 0.25 * normal(b), 0.25 * normal(b), torch.exp(0.18 * normal(b, 2)) / 0.75
+        bend, phase = 0.06 * normal(b, 2, 1, 1), 3 * normal(b, 2, 1, 1)
+        c, s = turn.cos(), turn.sin()
+        theta = torch.stack([stretch[:, :1] * torch.stack([c, shear * c - s, 0 * c], 1),
+                             stretch[:, 1:] * torch.stack([s, shear * s + c, 0 * c], 1)], 1) / 2    # (b, 2, 3)
+        theta[:, :, 2] = 0.12 * normal(b, 2)
+        grid = F.affine_grid(theta, (b, 1, 28, 28), align_corners=True)                             # (b, 28, 28, 2)
+        grid = grid + (bend * torch.sin(5 * grid.permute(0, 3, 1, 2).flip(1) + phase)).permute(0, 2, 3, 1)
+        d = F.grid_sample(fields[y[at]], grid / reach, align_corners=True, padding_mode='border')   # (b, 1, 28, 28)
+        pen, ink = 0.06 + 0.02 * normal(b, 1, 1, 1), 0.85 + 0.15 * normal(b, 1, 1, 1)
+        x[at] = ink * ((pen.clamp(min=0.02) - d) / 0.06 + 0.5).clamp_(0, 1) + 0.15 * normal(b, 1, 28, 28)
+    return TensorDataset(x.sub_(0.15).div_(0.35), y)
+
+#############################################
+#         Who holds which examples          #
+#############################################
+
+def sizes(n, K, unequal=False, seed=0):
+    """n_k, (K,) int64 that add up to n, none 0: as equal as can be, or in proportion to log-normal factors (sigma 1).
+
+    Raises ValueError if K is not in [1, n].
+    """
+    if not 1 <= K <= n: raise ValueError(f'--num_users {K}: {n} training examples can be shared by 1 to {n} clients')
+    factor = rng(seed, 'sizes').lognormal(size=K) if unequal else np.ones(K)
+    share = (n - K) * factor / factor.sum()                     # beyond the one example that each has
+    n_k = 1 + np.floor(share).astype(np.int64)
+    short = n - n_k.sum()
+    n_k[np.argsort(np.floor(share) - share, kind='stable')[:short]] += 1
+    return n_k
+
+def iid(n_k, seed=0):
+    """Shuffled, then dealt out: {k: n_k[k] indices} (Section 3, "IID")."""
+    order = rng(seed, 'partition').permutation(n_k.sum())
+    return dict(enumerate(np.split(order, n_k.cumsum()[:-1])))
+
+def shards(labels, n_k, seed=0):
+    """Sorted by label, cut into 2K shards, two for each client (Section 3, "Non-IID"): {k: n_k[k] indices}.
+
+    A client's two shards are the halves of its n_k, so nothing is lost or repeated for any K, and sizes may be unequal.
+    """
+    draw = rng(seed, 'partition')
+    order = draw.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind='stable')]     # by label, in random order within one
+    halves = np.stack([(n_k + 1) // 2, n_k // 2], 1).ravel()    # (2K,)
+    lie = draw.permutation(2 * len(n_k))                        # the order in which the shards lie along the labels
+    cut = dict(zip(lie, np.split(order, halves[lie].cumsum()[:-1])))
+    return {k: np.concatenate([cut[2 * k], cut[2 * k + 1]]) for k in range(len(n_k))}
+
+def dirichlet(labels, n_k, alpha, seed=0):
+    """Each client's label shares drawn from Dirichlet(alpha) (Hsu et al. 2019, Section 3): {k: n_k[k] indices}.
+
+    A label that has run out is made up for by the client's others in proportion, and by what is left once those are gone.
+    """
+    draw = rng(seed, 'partition')
+    order = draw.permutation(len(labels))
+    pools = [order[labels[order] == label] for label in np.unique(labels)]
+    left, users = np.array([len(p) for p in pools]), {}
+    for k in draw.permutation(len(n_k)):
+        share, take = np.nan_to_num(draw.dirichlet(np.full(len(pools), alpha))), np.zeros_like(left)
+        while (need := n_k[k] - take.sum()) > 0:                # each turn fills the client or empties a label
+            p = share * (left > take)
+            p = p if p.sum() > 0 else (left - take).astype(float)
+            take += np.minimum(draw.multinomial(need, p / p.sum()), left - take)
+        users[int(k)] = np.concatenate([pool[l - t:l] for pool, l, t in zip(pools, left, take)])
+        left = left - take
+    return dict(sorted(users.items()))
+
+def partition(labels, K, iid_=True, alpha=None, unequal=False, seed=0):
+    """{k: indices} over the examples of `labels` (n,): IID, else two label shards per client, else Dirichlet(alpha)."""
+    labels, n_k = np.asarray(labels), sizes(len(labels), K, unequal, seed)
+    if iid_: return iid(n_k, seed)
+    return dirichlet(labels, n_k, alpha, seed) if alpha else shards(labels, n_k, seed)
+
+def labels_of(dataset):
+    """The labels (n,) of any map-style (image, label) data set; read from .targets where it has them."""
+    targets = getattr(dataset, 'targets', None)
+    return np.array([int(y) for _, y in dataset] if targets is None else targets)
+
+def mnist_iid(dataset, num_users, seed=0):
+    """{user: indices}: an equal share of the shuffled data set for each of num_users; for any data set."""
+    return iid(sizes(len(dataset), num_users), seed)
+
+def mnist_noniid(dataset, num_users, seed=0):
+    """{user: indices}: two label-sorted shards for each of num_users; for any (image, label) data set."""
+    return shards(labels_of(dataset), sizes(len(dataset), num_users), seed)
+
+def cifar_iid(dataset, num_users, seed=0):
+    """{user: indices}: as mnist_iid; CIFAR-10 has a name of its own in the layout this project mirrors."""
+    return mnist_iid(dataset, num_users, seed)
+
+#############################################
+#         Who is asked in round t           #
+#############################################
+
+def select(K, C, draw):
+    """S_t: m = max(round(C K), 1) of the K clients without replacement, in ascending order (Algorithm 1)."""
+    return np.sort(draw.choice(K, max(round(C * K), 1), replace=False))
