@@ -62,7 +62,7 @@ class LocalUpdate:
         net = copy.deepcopy(net).to(self.args.device).train()
         step = optimizer(self.args, net.parameters(), lr or self.args.lr)
         n_k, B = len(self.y), min(self.args.local_bs, len(self.y))
-        shuffles, total = [torch.randperm(n_k) for _ in range(self.args.local_ep)], 0.0
+        shuffles, total = [torch.randperm(n_k) for _ in range(self.args.local_ep)], torch.zeros((), device=self.x.device)
         for shuffle in shuffles:
             shuffle = shuffle.to(self.x.device)
             for x, y in zip(self.x[shuffle].split(B), self.y[shuffle].split(B)):
@@ -70,7 +70,7 @@ class LocalUpdate:
                 step.zero_grad()
                 loss.backward()
                 step.step()
-                total += loss.detach() * len(y)     # stays on the device: no waiting for it
+                total.add_(loss.detach(), alpha=len(y))     # stays on the device: no waiting for it
         return net.state_dict(), float(total) / (n_k * self.args.local_ep)
 
 def optimizer(args, parameters, lr):
@@ -85,7 +85,7 @@ def examples(dataset, idxs, device):
     idxs = np.fromiter(idxs, np.int64)
     if not len(idxs): raise ValueError('a client without examples cannot train; leave it out of S_t')
     if isinstance(dataset, TensorDataset): return tuple(v[torch.from_numpy(idxs).to(v.device)].to(device) for v in dataset.tensors)
-    made = MADE.setdefault(dataset, {})
+    made = MADE.setdefault(dataset, {}) if hasattr(dataset, '__weakref__') else {}      # a list has none
     key = idxs.tobytes(), str(device)
     if key not in made:
         x, y = zip(*(dataset[i] for i in idxs.tolist()))
@@ -181,14 +181,17 @@ def set_aside(path):
         os.replace(path, path + '.old')
         print(f'{path} was there already: it is {path}.old now')
 
+def rows(f):
+    """A writer of rows, each a dict by COLUMNS, to the open file f."""
+    return csv.DictWriter(f, COLUMNS, lineterminator='\n')
+
 def open_log(path, options, history):
     """The CSV file at path, open for the rows to come, holding the options as JSON and the rows so far. No path: nowhere."""
     if not path: return open(os.devnull, 'w')
     with open(path + '.tmp', 'w', newline='') as f:
         f.write(f'# {json.dumps(options)}\n')
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(history)
+        rows(f).writeheader()
+        rows(f).writerows(history)
     os.replace(path + '.tmp', path)
     return open(path, 'a', newline='')
 
@@ -227,8 +230,9 @@ def summary(args, history):
     """The run's end in a few lines: best and last accuracy, time, and the rounds to --target."""
     accuracies = [row['test_acc'] for row in history]
     best = max(accuracies)
-    print(f'{len(history)} rounds in {sum(row["seconds"] for row in history):.0f} s: best test accuracy {100 * best:.2f} % '
-          f'(round {accuracies.index(best) + 1}), last {100 * accuracies[-1]:.2f} %')
+    seconds = sum(row['seconds'] for row in history)
+    print(f'{len(history)} rounds in {seconds:.0f} s: best test accuracy {100 * best:.2f} % (round {accuracies.index(best) + 1}), '
+          f'last {100 * accuracies[-1]:.2f} %')
     if args.target:
         reached = rounds_to(args.target, accuracies)
         print(f'rounds to {100 * args.target:.2f} %: ' + (f'{reached:.1f}' if reached else f'not reached in {len(history)} rounds'))
@@ -293,7 +297,7 @@ def main(argv=None):
             row['seconds'] = time.perf_counter() - began
             w, history = w_next, history + [row]
 
-            csv.DictWriter(log, COLUMNS).writerow(row)
+            rows(log).writerow(row)
             log.flush()
             if args.checkpoint and t % args.save_every == 0: save(args.checkpoint, options, w, history)
             print(f'round {t:4d}/{args.epochs}   train loss {row["train_loss"]:.4f}   test acc {100 * row["test_acc"]:.2f} %   '

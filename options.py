@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 
 # What --num_users, --num_channels and --num_classes are held against: training examples, channels, classes.
 DATASETS = {'mnist': (60000, 1, 10), 'fmnist': (60000, 1, 10), 'cifar': (50000, 3, 10), 'synthetic': (60000, 1, 10)}
@@ -42,13 +43,13 @@ def number(kind, low, high=math.inf, hint='', above=False, word=None):
     return parse
 
 def writable(text):
-    """A flag's type: a path at which a file can be written, now and when it is replaced by a rename."""
+    """A flag's type: the path of a file that can be written: beside it a temporary one can, which is renamed to it."""
     folder = os.path.dirname(os.path.abspath(text))
     if not text or os.path.isdir(text): raise argparse.ArgumentTypeError(f'{text!r} is a folder; name a file')
-    if not os.path.isdir(folder): raise argparse.ArgumentTypeError(f'{text!r} lies in a folder that does not exist; make {folder} first')
-    if not os.access(folder, os.W_OK) or (os.path.exists(text) and not os.access(text, os.W_OK)):
-        raise argparse.ArgumentTypeError(f'{text!r} cannot be written; name a file in a folder that you may write to')
-    return text
+    try:
+        with tempfile.TemporaryFile(dir=folder): return text
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f'{text!r} cannot be written ({e.strerror}); name a file in a folder that you may write to')
 
 #############################################
 #                 The flags                 #
@@ -64,10 +65,10 @@ def args_parser(argv=None):
         add(name, default, int, text, nargs='?', const=1, choices=(0, 1))
 
     group = parser.add_argument_group('federation')
-    add('epochs', 30, number(int, 1), 'rounds t of training')
+    add('epochs', 60, number(int, 1), 'rounds t of training')
     add('num_users', 100, number(int, 1), 'K, clients in all; the paper has 100')
     add('frac', 0.1, number(float, 0, 1), 'C, fraction of clients asked per round, m = max(round(C K), 1); the paper has 0 to 1')
-    add('local_ep', 5, number(int, 1), 'E, local epochs; the paper has 1 to 20')
+    add('local_ep', 1, number(int, 1), 'E, local epochs; the paper has 1 to 20')
     add('local_bs', 10, number(int, 1, word='inf'), "B, local batch size, 'inf' for all of a client's data; the paper has 10, 50 and inf")
     add('lr', 0.1, number(float, 0, above=True), 'eta, local learning rate; the paper picks it per cell of a table')
     add('lr_decay', 1.0, number(float, 0, 1, above=True), 'eta is multiplied by this each round; the paper has 0.99 on CIFAR')
@@ -87,7 +88,7 @@ def args_parser(argv=None):
 
     add('gpu', 0, number(int, -1), 'CUDA device, used when CUDA is present; -1 is the CPU')
     add('seed', 1, number(int, 0), 'the one seed of partition, selection, initialisation and shuffling')
-    add('bs', 1000, number(int, 1), 'batch size of the evaluation, examples')
+    add('bs', 250, number(int, 1), 'batch size of the evaluation, examples')
     add('target', None, number(float, 0, 1, above=True, hint='0.97 is 97 %'), 'stop at this test accuracy and report the rounds it took')
     add('log', None, writable, 'CSV file, one row a round')
     add('checkpoint', None, writable, 'file that the run can be resumed from')

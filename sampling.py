@@ -47,10 +47,8 @@ def load(name, data_dir, seed=0):
     try:
         sets = [KINDS[name](data_dir, train=train, download=True) for train in (True, False)]
     except Exception as e:      # torchvision raises anything from URLError to RuntimeError here
-        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
-        missing = [p for p in files(name, data_dir) if not os.path.exists(p)]
-        raise OSError(f'{missing[0] if missing else data_dir} is missing or unreadable, and the download to {os.path.abspath(data_dir)} '
-                      f'failed ({reason}); name the folder that holds {name} with --data_dir, or take --dataset synthetic') from e
+        raise OSError(f'{name} could neither be read from {os.path.abspath(data_dir)} nor downloaded to it ({str(e).strip().splitlines()[-1]}); '
+                      'name the folder that holds it with --data_dir, or take --dataset synthetic') from e
     return tuple(standardised(name, data_dir, s) for s in sets)
 
 def files(name, data_dir):
@@ -111,17 +109,17 @@ def synthetic(n, seed, name):
     def normal(*shape): return torch.randn(*shape, generator=draw)
     for at in torch.arange(n).split(4000):
         b = len(at)
-        turn, shear, stretch = 0.25 * normal(b), 0.25 * normal(b), torch.exp(0.18 * normal(b, 2)) / 0.75
-        bend, phase = 0.06 * normal(b, 2, 1, 1), 3 * normal(b, 2, 1, 1)
+        turn, shear, stretch = 0.2 * normal(b), 0.2 * normal(b), torch.exp(0.12 * normal(b, 2)) / 0.75
+        bend, phase = 0.04 * normal(b, 2, 1, 1), 3 * normal(b, 2, 1, 1)
         c, s = turn.cos(), turn.sin()
         theta = torch.stack([stretch[:, :1] * torch.stack([c, shear * c - s, 0 * c], 1),
                              stretch[:, 1:] * torch.stack([s, shear * s + c, 0 * c], 1)], 1) / 2    # (b, 2, 3)
-        theta[:, :, 2] = 0.12 * normal(b, 2)
+        theta[:, :, 2] = 0.08 * normal(b, 2)
         grid = F.affine_grid(theta, (b, 1, 28, 28), align_corners=True)                             # (b, 28, 28, 2)
         grid = grid + (bend * torch.sin(5 * grid.permute(0, 3, 1, 2).flip(1) + phase)).permute(0, 2, 3, 1)
         d = F.grid_sample(fields[y[at]], grid / reach, align_corners=True, padding_mode='border')   # (b, 1, 28, 28)
         pen, ink = 0.06 + 0.02 * normal(b, 1, 1, 1), 0.85 + 0.15 * normal(b, 1, 1, 1)
-        x[at] = ink * ((pen.clamp(min=0.02) - d) / 0.06 + 0.5).clamp_(0, 1) + 0.15 * normal(b, 1, 28, 28)
+        x[at] = ink * ((pen.clamp(min=0.02) - d) / 0.06 + 0.5).clamp_(0, 1) + 0.1 * normal(b, 1, 28, 28)
     return TensorDataset(x.sub_(0.15).div_(0.35), y)
 
 #############################################
@@ -187,7 +185,7 @@ def partition(labels, K, iid_=True, alpha=None, unequal=False, seed=0):
 def labels_of(dataset):
     """The labels (n,) of any map-style (image, label) data set; read from .targets where it has them."""
     targets = getattr(dataset, 'targets', None)
-    return np.array([int(y) for _, y in dataset] if targets is None else targets)
+    return torch.as_tensor([int(y) for _, y in dataset] if targets is None else targets).numpy()
 
 def mnist_iid(dataset, num_users, seed=0):
     """{user: indices}: an equal share of the shuffled data set for each of num_users; for any data set."""

@@ -1,0 +1,592 @@
+"""Algorithm 1 as an executable specification: hand-worked numbers, torch itself as the oracle, the program as a user runs it.
+
+    python -m pytest -q                                        # offline, on small digits that the tests draw themselves
+    FEDAVG_DATA=/folder/that/holds/MNIST python -m pytest -q   # on the real MNIST too
+"""
+import ast
+import copy
+import csv
+import json
+import math
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchvision import datasets
+
+import compress
+import fedavg
+import models
+import options
+import sampling
+
+HERE = pathlib.Path(__file__).parent
+MODULES = ('options.py', 'sampling.py', 'models.py', 'compress.py')
+
+#############################################
+#                  Helpers                  #
+#############################################
+
+def write_idx(path, array):
+    """A uint8 array as an IDX file, the format of MNIST's own files."""
+    path.write_bytes(bytes((0, 0, 8, array.ndim)) + struct.pack(f'>{array.ndim}i', *array.shape) + array.tobytes())
+
+def write_mnist(root, kind='MNIST', train=300, test=100):
+    """A small data set of drawn digits under root, in the files that torchvision reads."""
+    raw = root / kind / 'raw'
+    raw.mkdir(parents=True)
+    for name, n in (('train', train), ('t10k', test)):
+        x, y = sampling.synthetic(n, 0, name).tensors
+        write_idx(raw / f'{name}-images-idx3-ubyte', ((x[:, 0] + 1) * 60).clamp(0, 255).byte().numpy())
+        write_idx(raw / f'{name}-labels-idx1-ubyte', y.byte().numpy())
+    return str(root)
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    return write_mnist(tmp_path_factory.mktemp('data'))
+
+@pytest.fixture
+def run(data):
+    """main() on 300 small digits and 10 clients, in this process."""
+    small = '--num_users 10 --frac 0.3 --local_ep 1 --epochs 3 --gpu -1'.split()
+    return lambda words='': fedavg.main(['--data_dir', data, *small, *words.split()])
+
+@pytest.fixture
+def refused(data, capsys):
+    """The one line on stderr with which main() refuses the flags in words."""
+    def line(words):
+        with pytest.raises(SystemExit) as e: fedavg.main(['--data_dir', data, '--gpu', '-1', *words])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count('\n') == 1, err
+        return err
+    return line
+
+def shell(words, **more):
+    """The program as a process of its own, as a user starts it."""
+    return subprocess.Popen([sys.executable, str(HERE / 'fedavg.py'), *words.split()], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **more)
+
+def client_args(**more):
+    return SimpleNamespace(**{'local_ep': 1, 'local_bs': 10, 'lr': 0.1, 'momentum': 0.0, 'device': 'cpu'} | more)
+
+def toy(n=12, dim=5, seed=0):
+    """n examples with dim features in 3 classes, and a linear net for them."""
+    torch.manual_seed(seed)
+    return TensorDataset(torch.randn(n, dim), torch.randint(3, (n,))), nn.Linear(dim, 3)
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+def weights(path):
+    return torch.load(path, weights_only=True)['w']
+
+#############################################
+#          The average (a, g, l, m)         #
+#############################################
+
+def test_weighted_mean_equals_a_hand_calculation():
+    w = [{'v': torch.tensor([1.0, 10.0])}, {'v': torch.tensor([4.0, -2.0])}, {'v': torch.tensor([0.0, 6.0])}]
+    # (1*1 + 2*4 + 5*0) / 8 and (1*10 + 2*-2 + 5*6) / 8: m_t is the sum over these three, not over all clients
+    assert torch.equal(fedavg.FedAvg(w, [1, 2, 5])['v'], torch.tensor([9 / 8, 36 / 8]))
+    assert torch.equal(fedavg.FedAvg(zip(w, [1, 2, 5]))['v'], torch.tensor([9 / 8, 36 / 8]))
+    assert torch.equal(fedavg.FedAvg(w)['v'], torch.tensor([5 / 3, 14 / 3]))
+
+def test_average_refuses_what_has_no_mean():
+    one = {'v': torch.ones(2)}
+    assert fedavg.FedAvg([]) is None
+    for w, n in (([one], [0]), ([one, {'u': torch.ones(2)}], [1, 1]), ([one, {'v': torch.ones(1)}], [1, 1]), ([one], [1, 2])):
+        with pytest.raises(ValueError): fedavg.FedAvg(w, n)
+
+def test_average_of_half_precision_does_not_overflow():
+    w = [{'v': torch.full((3,), 200.0, dtype=torch.float16)}] * 2
+    assert torch.equal(fedavg.FedAvg(w, [600, 600])['v'], w[0]['v'])
+
+def test_float_buffers_are_averaged_and_integer_buffers_kept():
+    a, b = nn.BatchNorm1d(2).state_dict(), nn.BatchNorm1d(2).state_dict()
+    a['running_mean'], b['running_mean'] = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 4.0])
+    a['num_batches_tracked'], b['num_batches_tracked'] = torch.tensor(7), torch.tensor(8)
+    w = fedavg.FedAvg([a, b], [1, 3])
+    assert torch.equal(w['running_mean'], torch.tensor([4.0, 3.5]))
+    assert w['num_batches_tracked'] == 7 and w['num_batches_tracked'].dtype == torch.int64
+
+def test_server_weights_never_alias_a_clients():
+    one = {'v': torch.ones(2), 'i': torch.ones(2, dtype=torch.int64)}
+    w = fedavg.FedAvg([one])
+    for v in one.values(): v.zero_()
+    assert w['v'].sum() == 2 and w['i'].sum() == 2
+    dataset, net = toy()
+    before = copy.deepcopy(net.state_dict())
+    w_k, _ = fedavg.LocalUpdate(client_args(), dataset, range(12)).train(net)
+    assert same(net.state_dict(), before) and not same(w_k, before)
+
+def test_average_needs_few_models_not_m():
+    seen = []
+    class Watched(dict): pass
+    def updates():
+        for i in range(50):
+            assert sum(ref() is not None for ref in seen) < 5
+            w_k = Watched(v=torch.ones(2))
+            seen.append(weakref.ref(w_k))
+            yield w_k, 1
+    assert fedavg.FedAvg(updates())['v'].sum() == 2
+
+def test_lost_clients_are_renormalised_and_counted(capsys):
+    row = {'round': 1, 'train_loss': 0.0, 'clients': 0, 'rejected': 0}
+    updates = [(0, {'v': torch.tensor([2.0])}, 1, 0.5), (1, {'v': torch.tensor([math.nan])}, 9, 0.1),
+               (2, {'v': torch.tensor([6.0])}, 3, 1.5), (3, {'v': torch.tensor([math.inf])}, 9, 0.1)]
+    assert fedavg.FedAvg(fedavg.uplink(updates, row))['v'] == 5                     # (1*2 + 3*6) / 4
+    assert row == {'round': 1, 'train_loss': 1.25, 'clients': 2, 'rejected': 2}     # (1*0.5 + 3*1.5) / 4
+    assert 'client 1 is left out' in capsys.readouterr().out
+
+def test_a_round_without_survivors_ends_the_run_and_keeps_w(run, tmp_path, capsys):
+    run(f'--checkpoint {tmp_path}/c.pt --epochs 1 --lr 1e-30')
+    good = weights(tmp_path / 'c.pt')
+    with pytest.raises(SystemExit) as e: run(f'--checkpoint {tmp_path}/d.pt --lr 1e38 --local_ep 5')
+    assert e.value.code == 1 and 'lower --lr' in capsys.readouterr().err
+    assert same(weights(tmp_path / 'd.pt'), good)       # w_0; a step of 1e-30 changes no bit of it
+
+def test_all_clients_counts_those_not_asked_with_the_old_weights(run, tmp_path):
+    for name, words in (('w0', '--lr 1e-30'), ('part', ''), ('all', '--all_clients 1')):
+        run(f'--epochs 1 --unequal 1 --checkpoint {tmp_path}/{name} {words}')
+    parts = sampling.partition(np.zeros(300), 10, unequal=True, seed=1)
+    m_t = sum(len(parts[k]) for k in sampling.select(10, 0.3, sampling.rng(1, 'select', 1)))
+    old, part, full = (weights(tmp_path / name)['fc3.weight'] for name in ('w0', 'part', 'all'))
+    torch.testing.assert_close(full, old + (part - old) * m_t / 300)
+
+#############################################
+#        ClientUpdate (b, c, h, i, n)       #
+#############################################
+
+@pytest.mark.parametrize('sizes', [(3, 3, 3, 3), (1, 2, 4, 5)])
+def test_one_epoch_of_full_batches_is_one_central_gradient_step(sizes):
+    dataset, net = toy()
+    idxs = torch.arange(12).split(sizes)
+    updates = [fedavg.LocalUpdate(client_args(local_bs=math.inf, lr=0.7), dataset, i.tolist()).train(net)[0] for i in idxs]
+    w = fedavg.FedAvg(updates, sizes)
+    x, y = dataset.tensors
+    F.cross_entropy(net(x), y).backward()
+    torch.testing.assert_close(w['weight'], net.weight - 0.7 * net.weight.grad)
+    torch.testing.assert_close(w['bias'], net.bias - 0.7 * net.bias.grad)
+
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+def test_one_client_is_plain_sgd(momentum):
+    dataset, net = toy()
+    torch.manual_seed(3)
+    w_k, loss = fedavg.LocalUpdate(client_args(local_ep=2, local_bs=5, momentum=momentum), dataset, range(12)).train(net)
+    torch.manual_seed(3)
+    shuffles, velocity, losses = [torch.randperm(12) for _ in range(2)], [0, 0], []
+    for shuffle in shuffles:
+        for batch in shuffle.split(5):
+            x, y = dataset[batch]
+            l = F.cross_entropy(net(x), y)
+            losses.append(l.item() * len(y))
+            for i, (p, g) in enumerate(zip(net.parameters(), torch.autograd.grad(l, list(net.parameters())))):
+                velocity[i] = momentum * velocity[i] + g
+                p.data -= 0.1 * velocity[i]
+    assert same(fedavg.FedAvg([w_k], [12]), w_k)
+    torch.testing.assert_close(w_k['weight'], net.weight.data)
+    assert loss == pytest.approx(sum(losses) / 24)
+
+@pytest.mark.parametrize('n, B, batches', [(7, 3, [3, 3, 1]), (2, 10, [2]), (4, math.inf, [4]), (6, 3, [3, 3])])
+def test_the_last_smaller_batch_is_used(n, B, batches):
+    dataset, net = toy(n)
+    seen = []
+    net.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    fedavg.LocalUpdate(client_args(local_ep=2, local_bs=B), dataset, range(n)).train(net)
+    assert seen == batches * 2
+
+def test_each_epoch_sees_every_example_once_in_another_order():
+    dataset, net = TensorDataset(torch.arange(20.).view(20, 1), torch.zeros(20, dtype=torch.int64)), nn.Linear(1, 2)
+    seen = []
+    net.register_forward_pre_hook(lambda _, x: seen.extend(x[0].flatten().tolist()))
+    fedavg.LocalUpdate(client_args(local_ep=2, local_bs=6), dataset, range(5, 20)).train(net)
+    assert sorted(seen[:15]) == sorted(seen[15:]) == list(range(5, 20)) and seen[:15] != seen[15:]
+
+@pytest.mark.parametrize('more', [{'momentum': 0.9}, {'optimizer': 'adamw'}])
+def test_a_client_starts_each_round_with_a_fresh_optimizer(more):
+    dataset, net = toy()
+    client, results = fedavg.LocalUpdate(client_args(local_bs=4, **more), dataset, range(12)), []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(client.train(net)[0])
+    assert same(*results)
+
+def test_adamw_and_the_decay_of_lr_reach_the_step():
+    dataset, net = toy()
+    w, _ = fedavg.LocalUpdate(client_args(local_bs=math.inf, optimizer='adamw'), dataset, range(12)).train(net, lr=0.02)
+    # Adam's first step is lr in each coordinate, after AdamW's decay by 1 - lr * 0.01
+    torch.testing.assert_close((w['bias'] - net.bias * (1 - 0.02 * 0.01)).abs(), torch.full((3,), 0.02), rtol=1e-4, atol=0)
+    args = client_args(lr=0.1, lr_decay=0.5, seed=1, local_bs=math.inf)
+    moved = [fedavg.FedAvg([(w, n) for _, w, n, _ in fedavg.local_updates(args, net, dataset, {0: range(12)}, [0], t)])['bias'] - net.bias
+             for t in (1, 3)]
+    torch.testing.assert_close(moved[0] * 0.25, moved[1], rtol=1e-4, atol=1e-7)
+
+def test_any_image_label_data_set_trains_and_its_tensors_are_made_once(data):
+    class Counting(datasets.MNIST):
+        reads = 0
+        def __getitem__(self, i):
+            self.reads += 1
+            return super().__getitem__(i)
+    Counting.__name__ = 'MNIST'
+    dataset = Counting(data, transform=lambda image: torch.from_numpy(np.array(image)).float().view(1, 28, 28) / 255)
+    users = sampling.mnist_iid(dataset, 10)
+    for _ in range(2): w, loss = fedavg.LocalUpdate(client_args(), dataset, users[0]).train(models.TwoNN(784, 20, 10))
+    assert dataset.reads == 30 and math.isfinite(loss)
+    plain = [(torch.ones(5), 1), (torch.zeros(5), 0)]
+    assert fedavg.LocalUpdate(client_args(), plain, {0, 1}).train(nn.Linear(5, 3))[1] > 0
+    with pytest.raises(ValueError): fedavg.LocalUpdate(client_args(), plain, [])
+
+def test_m_is_rounded_and_at_least_one():
+    asked = lambda K, C: len(sampling.select(K, C, sampling.rng(0)))
+    assert [asked(100, 0.29), asked(100, 0), asked(100, 1), asked(7, 0.1), asked(10, 0.35)] == [29, 1, 100, 1, 4]
+    S_t = sampling.select(50, 0.5, sampling.rng(0))
+    assert len(set(S_t)) == 25 and 0 <= S_t.min() and S_t.max() < 50
+
+#############################################
+#            Partitions (d, e)              #
+#############################################
+
+SPLITS = [dict(iid_=1), dict(iid_=0), dict(iid_=0, alpha=1e-300), dict(iid_=0, alpha=0.1), dict(iid_=0, alpha=1e300)]
+
+@pytest.mark.parametrize('unequal', [0, 1])
+@pytest.mark.parametrize('split', SPLITS)
+@pytest.mark.parametrize('K', [1, 7, 50, 100, 137, 599, 1000])
+def test_partitions_are_disjoint_and_cover_every_example(K, split, unequal):
+    labels = np.random.default_rng(0).integers(10, size=1000)
+    parts = sampling.partition(labels, K, **split, unequal=unequal)
+    assert list(parts) == list(range(K)) and min(map(len, parts.values())) >= 1
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(1000))
+    sizes = sorted(map(len, parts.values()))
+    assert (sizes[-1] > 2 * sizes[0]) if unequal and 1 < K < 500 else unequal or sizes[-1] - sizes[0] <= 1
+
+def test_more_clients_than_examples_is_an_error():
+    for K in (0, 1001):
+        with pytest.raises(ValueError, match='1 to 1000'): sampling.partition(np.zeros(1000), K)
+
+@pytest.mark.parametrize('unequal', [0, 1])
+@pytest.mark.parametrize('K', [7, 100, 137])
+def test_a_client_has_at_most_two_label_sorted_shards(K, unequal):
+    labels = np.random.default_rng(1).permutation(1000)     # all different: a shard is a run of whole numbers
+    for idxs in sampling.partition(labels, K, iid_=0, unequal=unequal).values():
+        assert (np.diff(np.sort(labels[idxs])) > 1).sum() <= 1
+
+def test_the_papers_partitions_of_mnist():
+    class Labels:
+        targets = torch.arange(60000) // 6000
+        def __len__(self): return 60000
+    mnist = Labels()
+    for users in (sampling.mnist_iid(mnist, 100), sampling.mnist_noniid(mnist, 100), sampling.cifar_iid(mnist, 100)):
+        assert {len(idxs) for idxs in users.values()} == {600} and len(np.unique(np.concatenate(list(users.values())))) == 60000
+    labels = [len(set((idxs // 6000).tolist())) for idxs in sampling.mnist_noniid(mnist, 100).values()]
+    assert max(labels) == 2 and min(labels) == 1            # 300 divides 6000: no shard holds two labels
+    assert sampling.labels_of([(None, 3), (None, 5)]).tolist() == [3, 5]
+
+def test_dirichlet_goes_from_one_label_a_client_to_all_alike():
+    labels = np.arange(10000) % 10
+    def commonest(alpha):       # mean share of a client's commonest label
+        parts = sampling.partition(labels, 50, iid_=0, alpha=alpha)
+        return np.mean([np.bincount(labels[i], minlength=10).max() / len(i) for i in parts.values()])
+    shares = [commonest(alpha) for alpha in (0.01, 1, 1000)]
+    assert shares[0] > 0.85 and 0.2 < shares[1] < 0.5 and shares[2] < 0.17
+
+#############################################
+#        Nets and evaluation (f, j)         #
+#############################################
+
+@pytest.mark.parametrize('name, channels, count', [('2nn', 1, 199210), ('paper_cnn', 1, 1663370), ('paper_cnn', 3, 1068298),
+                                                   ('mlp', 1, 159010), ('cnn', 1, 21840), ('cnn', 3, 62006)])
+def test_parameter_counts(name, channels, count):
+    net = models.build(SimpleNamespace(model=name, num_channels=channels, num_classes=10))
+    assert sum(p.numel() for p in net.parameters()) == count
+    assert net(torch.randn(2, channels, *((28, 28) if channels == 1 else (32, 32)))).shape == (2, 10)
+
+def test_state_dict_keys_of_the_mirrored_layout():
+    both = lambda *layers: [f'{layer}.{kind}' for layer in layers for kind in ('weight', 'bias')]
+    args = SimpleNamespace(num_channels=1, num_classes=10)
+    assert list(models.MLP(784, 200, 10).state_dict()) == both('layer_input', 'layer_hidden')
+    assert list(models.CNNMnist(args).state_dict()) == both('conv1', 'conv2', 'fc1', 'fc2')
+    args.num_channels = 3
+    assert list(models.CNNCifar(args).state_dict()) == both('conv1', 'conv2', 'fc1', 'fc2', 'fc3')
+
+def test_dropout_is_where_the_layout_has_it():
+    net, x = models.CNNMnist(SimpleNamespace(num_channels=1, num_classes=10)), torch.randn(3, 1, 28, 28)
+    assert not torch.equal(net.train()(x), net(x)) and torch.equal(net.eval()(x), net(x))
+    net.conv2_drop = nn.Identity()
+    assert not torch.equal(net.train()(x), net(x))          # fc1's
+    mlp = models.MLP(784, 50, 10)
+    seen = []
+    mlp.relu.register_forward_pre_hook(lambda _, h: seen.append(h[0]))
+    mlp.train()(x)
+    assert 0.3 < (seen[0] == 0).float().mean() < 0.7        # half of the relu's inputs are dropped
+
+def test_the_cifar_net_sees_the_central_crop_and_tensorflows_normalization():
+    net, x = models.build(SimpleNamespace(model='paper_cnn', num_channels=3, num_classes=10)), torch.randn(2, 3, 32, 32)
+    assert torch.equal(net(x), net(x[..., 4:28, 4:28]))
+    v = torch.randn(1, 64, 1, 1)        # channel 30 is divided by (1 + 0.001/9 * sum of squares of channels 26 to 34) ** 0.75
+    torch.testing.assert_close(net.norm(v)[0, 30], v[0, 30] / (1 + 0.001 / 9 * (v[0, 26:35] ** 2).sum()) ** 0.75)
+
+def test_evaluation_is_right_and_changes_nothing():
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    net[1].eval()
+    before, modes, state = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()], torch.get_rng_state()
+    x, y = torch.randn(25, 4), torch.randint(3, (25,), generator=torch.Generator())
+    state = torch.get_rng_state()
+    loss, accuracy = fedavg.evaluate(net, x, y, 10)
+    assert same(net.state_dict(), before) and torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in net.modules()] == modes and all(p.grad is None for p in net.parameters())
+    logits = copy.deepcopy(net).eval()(x)
+    assert loss == pytest.approx(F.cross_entropy(logits, y).item()) and accuracy == (logits.argmax(1) == y).sum().item() / 25
+
+#############################################
+#              Randomness (k)               #
+#############################################
+
+def test_same_seed_same_bits_other_seed_other_bits(run, tmp_path):
+    for name, words in (('a', '--seed 4'), ('b', '--seed 4 --bs 7 --verbose'), ('c', '--seed 5')):
+        run(f'--model mlp --unequal 1 --checkpoint {tmp_path}/{name} {words}')
+    a, b, c = (weights(tmp_path / name) for name in 'abc')
+    assert same(a, b) and not same(a, c)
+
+def test_the_seed_reaches_partition_selection_initialisation_and_shuffling(run, tmp_path):
+    labels = np.arange(100) % 10
+    for split in SPLITS[:2] + SPLITS[3:4]:
+        a, b, c = (np.concatenate(list(sampling.partition(labels, 10, **split, seed=s).values())) for s in (1, 1, 2))
+        assert (a == b).all() and (a != c).any()
+    assert (sampling.sizes(100, 10, True, seed=1) != sampling.sizes(100, 10, True, seed=2)).any()
+    draws = {s: [tuple(sampling.select(100, 0.1, sampling.rng(s, 'select', t))) for t in (1, 2)] for s in (1, 2)}
+    assert len({*draws[1], *draws[2]}) == 4
+    for s in (1, 2): run(f'--epochs 1 --lr 1e-30 --seed {s} --checkpoint {tmp_path}/w{s}')
+    assert not same(weights(tmp_path / 'w1'), weights(tmp_path / 'w2'))
+    dataset, net = toy()
+    first = lambda s, t, k: next(fedavg.local_updates(client_args(seed=s, lr_decay=1.0, local_bs=2), net, dataset, {k: range(12)}, [k], t))[1]
+    assert same(first(1, 1, 0), first(1, 1, 0))
+    assert not any(same(first(1, 1, 0), other) for other in (first(2, 1, 0), first(1, 2, 0), first(1, 1, 1)))
+
+def test_synthetic_digits_are_the_same_for_the_same_seed():
+    a, b, c = (sampling.synthetic(200, s, 'train').tensors for s in (1, 1, 2))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], c[0])
+    assert a[0].shape == (200, 1, 28, 28) and set(a[1].tolist()) == set(range(10))
+
+#############################################
+#                 The data                  #
+#############################################
+
+def test_small_files_of_each_format_load_standardised(tmp_path, monkeypatch):
+    write_mnist(tmp_path), write_mnist(tmp_path, 'FashionMNIST')
+    raw = np.fromfile(tmp_path / 'MNIST/raw/train-images-idx3-ubyte', np.uint8)[16:].reshape(300, 28, 28)
+    train, test = sampling.load('mnist', tmp_path)
+    x, y = train.tensors
+    assert x.shape == (300, 1, 28, 28) and x.dtype == torch.float32 and y.dtype == torch.int64 and len(test) == 100
+    np.testing.assert_allclose(x[:, 0].numpy(), (raw / 255 - 0.1307) / 0.3081, rtol=1e-4, atol=1e-5)
+    assert len(sampling.load('fmnist', tmp_path)[0]) == 300
+    write_cifar(tmp_path, monkeypatch)
+    train, test = sampling.load('cifar', tmp_path)
+    assert train.tensors[0].shape == (100, 3, 32, 32) and len(test) == 20
+    with open(tmp_path / 'cifar-10-batches-py/data_batch_1', 'rb') as f: first = pickle.load(f)
+    pixel = first['data'][0].reshape(3, 32, 32)[1, 5, 7]
+    assert train.tensors[0][0, 1, 5, 7].item() == pytest.approx((pixel / 255 - 0.4822) / 0.2435, rel=1e-4)
+
+def write_cifar(root, monkeypatch):
+    """Five batches of 20 images and a test batch, and torchvision told their MD5 sums."""
+    import hashlib
+    folder, draw, sums = root / 'cifar-10-batches-py', np.random.default_rng(0), {}
+    folder.mkdir()
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+    def batch(name): return write(name, {'data': draw.integers(256, size=(20, 3072), dtype=np.uint8), 'labels': list(range(10)) * 2})
+    monkeypatch.setattr(datasets.CIFAR10, 'train_list', [batch(f'data_batch_{i}') for i in range(1, 6)])
+    monkeypatch.setattr(datasets.CIFAR10, 'test_list', [batch('test_batch')])
+    name, md5 = write('batches.meta', {'label_names': [str(i) for i in range(10)]})
+    monkeypatch.setattr(datasets.CIFAR10, 'meta', {'filename': name, 'key': 'label_names', 'md5': md5})
+
+@pytest.mark.parametrize('model', ['cnn', 'paper_cnn'])
+def test_cifar_trains(model, tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch)
+    history = fedavg.main(f'--dataset cifar --model {model} --num_users 4 --epochs 1 --gpu -1 --lr 0.01 --data_dir {tmp_path}'.split())
+    assert math.isfinite(history[0]['test_loss'])
+
+@pytest.mark.parametrize('file, damage', [('train-images-idx3-ubyte', lambda b: b[:-1]), ('train-labels-idx1-ubyte', lambda b: b''),
+                                          ('t10k-images-idx3-ubyte', lambda b: b'junk' + b[4:]), ('t10k-labels-idx1-ubyte', lambda b: b + b'0')])
+def test_a_damaged_file_is_named(tmp_path, capsys, file, damage):
+    path = pathlib.Path(write_mnist(tmp_path)) / 'MNIST/raw' / file
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SystemExit) as e: fedavg.main(['--data_dir', str(tmp_path), '--gpu', '-1'])
+    assert e.value.code == 2 and f'{file} is truncated or corrupt' in capsys.readouterr().err
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path, monkeypatch):
+    labels = pathlib.Path(write_mnist(tmp_path)) / 'MNIST/raw/train-labels-idx1-ubyte'
+    for wrong in (np.zeros(299, np.uint8), np.full(300, 10, np.uint8)):
+        write_idx(labels, wrong)
+        with pytest.raises(OSError, match='do not belong together'): sampling.load('mnist', tmp_path)
+    write_cifar(tmp_path, monkeypatch)
+    (tmp_path / 'cifar-10-batches-py/data_batch_3').write_bytes(b'junk')
+    with pytest.raises(OSError, match='data_batch_3 is truncated or corrupt'): sampling.load('cifar', tmp_path)
+
+@pytest.mark.parametrize('name', ['mnist', 'cifar'])
+def test_missing_files_without_a_network_name_the_folder_and_both_ways_out(name, tmp_path, monkeypatch, capsys):
+    import urllib.request
+    def offline(*_, **__): raise urllib.error.URLError('no network')
+    monkeypatch.setattr(urllib.request, 'urlopen', offline)
+    with pytest.raises(SystemExit) as e: fedavg.main(['--dataset', name, '--data_dir', str(tmp_path), '--gpu', '-1'])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and all(word in err for word in (str(tmp_path), '--data_dir', '--dataset synthetic', 'no network'))
+
+#############################################
+#          The protocol, the files          #
+#############################################
+
+def test_rounds_to_target_is_the_papers_monotone_interpolation():
+    assert fedavg.rounds_to(0.97, [0.90, 0.96, 0.94, 0.98]) == pytest.approx(3.5)     # best so far 0.96 at round 3, 0.98 at 4
+    assert fedavg.rounds_to(0.90, [0.50, 0.90]) == 2 and fedavg.rounds_to(0.4, [0.5]) == 1
+    assert fedavg.rounds_to(0.99, [0.5, 0.9]) is None
+
+def test_target_stops_the_run_and_is_reported(run, capsys):
+    history = run('--target 0.5 --epochs 60 --local_ep 5 --frac 1')
+    accuracies = [row['test_acc'] for row in history]
+    assert max(accuracies[:-1], default=0) < 0.5 <= accuracies[-1]
+    assert f'rounds to 50.00 %: {fedavg.rounds_to(0.5, accuracies):.1f}' in capsys.readouterr().out
+    run('--target 1 --epochs 2 --lr 1e-6')
+    assert 'rounds to 100.00 %: not reached in 2 rounds' in capsys.readouterr().out
+
+def read_log(path):
+    first, *lines = path.read_text().splitlines()
+    return json.loads(first.removeprefix('# ')), list(csv.DictReader(lines))
+
+def test_log_holds_the_options_and_one_row_a_round(run, tmp_path):
+    history = run(f'--local_bs inf --log {tmp_path}/l.csv')
+    options_, rows = read_log(tmp_path / 'l.csv')
+    assert options_['local_bs'] == 'inf' and options_['num_users'] == 10
+    assert ','.join(rows[0]) == 'round,train_loss,test_loss,test_acc,clients,rejected,up_bytes,down_bytes,epsilon,seconds'
+    assert [r['round'] for r in rows] == ['1', '2', '3'] and {r['clients'] for r in rows} == {'3'}
+    assert [float(r['test_acc']) for r in rows] == [row['test_acc'] for row in history]
+
+@pytest.mark.parametrize('words', ['--unequal 1 --momentum 0.5', '--model mlp --optimizer adamw --lr 0.001 --lr_decay 0.9', '--iid 0 --model cnn'])
+def test_a_resumed_run_equals_the_uninterrupted_one(run, words, tmp_path):
+    full = run(f'{words} --epochs 4 --checkpoint {tmp_path}/full')
+    run(f'{words} --epochs 2 --checkpoint {tmp_path}/part --log {tmp_path}/l.csv')
+    with open(tmp_path / 'l.csv', 'a') as f: f.write('3,0.1,a row cut sho')
+    part = run(f'{words} --epochs 4 --checkpoint {tmp_path}/part --log {tmp_path}/l.csv --resume')
+    assert same(weights(tmp_path / 'full'), weights(tmp_path / 'part'))
+    strip = lambda history: [{k: v for k, v in row.items() if k != 'seconds'} for row in history]
+    assert strip(full) == strip(part)
+    assert [r['round'] for r in read_log(tmp_path / 'l.csv')[1]] == ['1', '2', '3', '4']
+
+def test_resuming_under_other_options_names_them(run, refused, tmp_path, data):
+    run(f'--epochs 1 --checkpoint {tmp_path}/c.pt')
+    line = refused(f'--num_users 10 --frac 0.3 --lr 0.2 --iid 0 --resume --checkpoint {tmp_path}/c.pt'.split())
+    assert '--lr 0.1 (given: 0.2)' in line and '--iid 1 (given: 0)' in line and '--frac' not in line
+    (tmp_path / 'junk.pt').write_bytes(b'no checkpoint')
+    assert 'not a checkpoint' in refused(['--resume', '--checkpoint', f'{tmp_path}/junk.pt'])
+    torch.save({'w': {}}, tmp_path / 'foreign.pt')
+    assert 'not a checkpoint' in refused(['--resume', '--checkpoint', f'{tmp_path}/foreign.pt'])
+
+def test_a_new_run_sets_the_files_of_an_earlier_one_aside(run, tmp_path):
+    (tmp_path / 'l.csv').write_text('precious')
+    run(f'--epochs 1 --log {tmp_path}/l.csv --save_every 5 --checkpoint {tmp_path}/c.pt')
+    assert (tmp_path / 'l.csv.old').read_text() == 'precious' and len(read_log(tmp_path / 'l.csv')[1]) == 1
+    assert weights(tmp_path / 'c.pt')       # the last round is saved, whatever --save_every says
+
+def test_a_run_that_is_interrupted_and_killed_goes_on_where_it_was(data, tmp_path):
+    words = (f'--data_dir {data} --num_users 10 --frac 0.2 --local_ep 5 --local_bs 2 --epochs 12 --gpu -1 '
+             f'--checkpoint {tmp_path}/c.pt --log {tmp_path}/l.csv')
+    def rounds(): return len(read_log(tmp_path / 'l.csv')[1]) if (tmp_path / 'l.csv').exists() else 0
+    def stop(process, sig, at):
+        while rounds() < at and process.poll() is None: time.sleep(0.01)
+        process.send_signal(sig)
+        out, err = process.communicate()
+        return process.returncode, out, err
+    code, out, err = stop(shell(words), signal.SIGINT, 2)
+    assert code == 130 and 'interrupted' in out and f'checkpoint: {tmp_path}/c.pt' in out and 'Traceback' not in err
+    code, _, _ = stop(shell(words + ' --resume'), signal.SIGKILL, rounds() + 2)
+    assert code == -signal.SIGKILL and weights(tmp_path / 'c.pt')
+    resumed = shell(words + ' --resume')
+    assert resumed.communicate()[0].count('resumed from') == 1 and resumed.returncode == 0
+    assert [r['round'] for r in read_log(tmp_path / 'l.csv')[1]] == [str(t) for t in range(1, 13)]
+    fedavg.main(words.replace('c.pt', 'full.pt').replace('--log', '--save_every 3 --log').split())
+    assert same(weights(tmp_path / 'c.pt'), weights(tmp_path / 'full.pt'))
+
+def test_plot_is_drawn_or_its_absence_said_before_training(run, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(fedavg.importlib.util, 'find_spec', lambda name: None)
+    assert 'pip install matplotlib' in refused(['--plot', f'{tmp_path}/p.png'])
+    monkeypatch.undo()
+    pytest.importorskip('matplotlib')
+    run(f'--plot {tmp_path}/p.png')
+    assert (tmp_path / 'p.png').read_bytes()[1:4] == b'PNG'
+
+#############################################
+#       The command line (p), the files     #
+#############################################
+
+@pytest.mark.parametrize('words, said', [
+    ('--frac 1.5', '--frac'), ('--frac -0.1', '--frac'), ('--frac nan', '--frac'), ('--num_users 0', '--num_users'),
+    ('--num_users 60001', '60000'), ('--local_ep 0', '--local_ep'), ('--local_bs 0', 'or inf'), ('--local_bs 2.5', '--local_bs'),
+    ('--epochs 0', '--epochs'), ('--lr 0', '--lr'), ('--lr inf', '--lr'), ('--lr_decay 1.1', '--lr_decay'), ('--momentum -1', '--momentum'),
+    ('--momentum 0.9 --optimizer adamw', 'adamw'), ('--bs 0', '--bs'), ('--target 0', '--target'), ('--target 97', '0.97 is 97 %'),
+    ('--seed -1', '--seed'), ('--gpu -2', '--gpu'), ('--iid 2', '--iid'), ('--alpha 0 --iid 0', '--alpha'), ('--alpha 1', '--iid 0'),
+    ('--model resnet', 'paper_cnn'), ('--dataset imagenet', 'synthetic'), ('--num_channels 3', 'mnist has 1'), ('--num_classes 7', '10'),
+    ('--log /no/such/folder/l.csv', '--log'), ('--checkpoint /', '--checkpoint'), ('--save_every 0', '--save_every'), ('--resume', '--checkpoint'),
+    ('--resume --checkpoint no_such_file', 'no_such_file'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])
+def test_senseless_values_end_in_one_line_before_any_data_are_read(refused, monkeypatch, words, said):
+    monkeypatch.setattr(fedavg, 'load', lambda *_: pytest.fail('data were read'))
+    assert said in refused(words.split())
+
+def test_gpu_is_used_where_it_is_and_said_where_it_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert fedavg.device_of(3).type == 'cpu' and 'no CUDA' in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert fedavg.device_of(1) == torch.device('cuda', 1) and fedavg.device_of(-1).type == 'cpu'
+    with pytest.raises(SystemExit): fedavg.device_of(2)
+    assert 'has 2 GPUs' in capsys.readouterr().err
+
+def test_every_flag_is_read_somewhere_and_in_the_readme():
+    flags = vars(options.args_parser([]))
+    nodes = [node for name in ('fedavg.py', 'models.py') for node in ast.walk(ast.parse((HERE / name).read_text()))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and getattr(node.value, 'id', getattr(node.value, 'attr', '')) == 'args'}
+    read |= {node.args[1].value for node in nodes if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'getattr'
+             and isinstance(node.args[1], ast.Constant)}
+    readme = (HERE / 'README.md').read_text()
+    assert not [f for f in flags if f not in read] and not [f for f in flags if f'`--{f}' not in readme]
+
+def test_the_readmes_commands_run(tmp_path):
+    commands = re.findall(r'python fedavg\.py ?([^#`\n]*)', (HERE / 'README.md').read_text())
+    assert len(commands) > 5
+    for words in commands: options.args_parser([w for w in words.split() if w not in ('--resume',)])
+    first = shell('--dataset synthetic --epochs 2', cwd=tmp_path)
+    out, err = first.communicate()
+    assert first.returncode == 0 and err == '' and 'round    2/2' in out and '60000 training and 10000 test' in out
+
+def test_each_module_works_alone_in_an_empty_folder(tmp_path):
+    processes = []
+    for name in MODULES:
+        (tmp_path / name[:-3]).mkdir()
+        shutil.copy(HERE / name, tmp_path / name[:-3])
+        processes.append(subprocess.Popen([sys.executable, '-c', f'import {name[:-3]}'], cwd=tmp_path / name[:-3]))
+    assert [p.wait() for p in processes] == [0] * len(MODULES)
+
+def test_a_non_finite_tensor_is_named():
+    good = {'v': torch.ones(2), 'i': torch.tensor(3)}
+    assert compress.accept(good) is good
+    with pytest.raises(ValueError, match='^v holds NaN'): compress.accept({'v': torch.tensor([1, math.nan])})
+
+@pytest.mark.skipif('FEDAVG_DATA' not in os.environ, reason='FEDAVG_DATA does not name a folder that holds MNIST')
+@pytest.mark.parametrize('iid, best', [(1, 0.88), (0, 0.4)])
+def test_real_mnist_is_learnt(iid, best):
+    words = f'--epochs 3 --seed 0 --gpu -1 --iid {iid} --data_dir {os.environ["FEDAVG_DATA"]}'
+    assert max(row['test_acc'] for row in fedavg.main(words.split())) > best
