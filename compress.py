@@ -4,8 +4,7 @@ This file knows no net and no client, and needs torch alone.
 """
 import torch
 
-def accept(w):
-    """The state_dict w, if every floating point value in it is finite. Raises ValueError naming the first tensor that is not."""
+def check(w):
+    """Raises ValueError, naming the tensor, if a floating point value in the state_dict w is not finite."""
     for name, v in w.items():
         if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{name} holds NaN or infinity')
-    return w

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from compress import accept
+from compress import check
 from models import build
 from options import args_parser, fail
 from sampling import load, partition, rng, select
@@ -47,7 +47,8 @@ class LocalUpdate:
     """ClientUpdate(k, w) of Algorithm 1: E epochs of SGD in batches of B over the examples that one client holds.
 
     args: needs local_ep (E), local_bs (B, math.inf for all at once), lr, momentum, device; optimizer is 'sgd' or 'adamw'.
-    dataset: any map-style (image tensor, label) data set. Its tensors are made once, so a random transform is drawn once.
+    dataset: any map-style (float32 image tensor, label) data set. A client's tensors are made once, for all LocalUpdates of
+    this data set and idxs: a random transform is drawn once, and a later change of the data set is not seen.
     idxs: the client's indices into it. Raises ValueError if there are none.
     """
     def __init__(self, args, dataset, idxs):
@@ -60,7 +61,7 @@ class LocalUpdate:
         The optimizer is a new one each time. Shuffles and dropout are drawn from torch's own generators.
         """
         net = copy.deepcopy(net).to(self.args.device).train()
-        step = optimizer(self.args, net.parameters(), lr or self.args.lr)
+        step = optimizer(self.args, net.parameters(), self.args.lr if lr is None else lr)
         n_k, B = len(self.y), min(self.args.local_bs, len(self.y))
         shuffles, total = [torch.randperm(n_k) for _ in range(self.args.local_ep)], torch.zeros((), device=self.x.device)
         for shuffle in shuffles:
@@ -84,8 +85,11 @@ def examples(dataset, idxs, device):
     """The images (n, ...) and labels (n,) at idxs as tensors on the device; remembered, unless they are tensors already."""
     idxs = np.fromiter(idxs, np.int64)
     if not len(idxs): raise ValueError('a client without examples cannot train; leave it out of S_t')
-    if isinstance(dataset, TensorDataset): return tuple(v[torch.from_numpy(idxs).to(v.device)].to(device) for v in dataset.tensors)
-    made = MADE.setdefault(dataset, {}) if hasattr(dataset, '__weakref__') else {}      # a list has none
+    if isinstance(dataset, TensorDataset):
+        x, y = (v[torch.from_numpy(idxs).to(v.device)].to(device) for v in dataset.tensors)
+        return x, y.long()
+    try: made = MADE.setdefault(dataset, {})
+    except TypeError: made = {}             # a list, say: nothing to remember it by
     key = idxs.tobytes(), str(device)
     if key not in made:
         x, y = zip(*(dataset[i] for i in idxs.tolist()))
@@ -113,7 +117,7 @@ def uplink(updates, row, verbose=False):
     m_t = 0
     for k, w_k, n_k, loss in updates:
         try:
-            accept(w_k)
+            check(w_k)
         except ValueError as e:
             row['rejected'] += 1
             print(f'round {row["round"]}: client {k} is left out, its {e}')
@@ -153,7 +157,7 @@ def evaluate(net, x, y, bs):
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     loss, right = 0.0, 0
-    for xb, yb in zip(x.split(bs), y.split(bs)):
+    for xb, yb in zip(x.split(min(bs, len(x))), y.split(min(bs, len(x)))):
         logits = net(xb)
         loss += F.cross_entropy(logits, yb, reduction='sum').double()
         right += (logits.argmax(1) == yb).sum()
@@ -176,10 +180,12 @@ def rounds_to(target, accuracies):
         if now >= target: return t + (target - before) / (now - before) if t else 1.0
 
 def set_aside(path):
-    """Renames what an earlier run left at path to path.old, so that a new run does not write over it."""
+    """Renames what an earlier run left at path to path.old (.old1, ...), so that a new run does not write over it."""
     if path and os.path.exists(path) and os.path.getsize(path):
-        os.replace(path, path + '.old')
-        print(f'{path} was there already: it is {path}.old now')
+        names = (f'{path}.old{i or ""}' for i in itertools.count())
+        old = next(name for name in names if not os.path.exists(name))
+        os.replace(path, old)
+        print(f'{path} was there already: it is {old} now')
 
 def rows(f):
     """A writer of rows, each a dict by COLUMNS, to the open file f."""
@@ -196,22 +202,26 @@ def open_log(path, options, history):
     return open(path, 'a', newline='')
 
 def save(path, options, w, history):
-    """The run so far in one file, never half of it: written beside it and renamed."""
-    torch.save({'options': options, 'w': w, 'history': history}, path + '.tmp')
-    os.replace(path + '.tmp', path)
+    """The run so far in one file, never half of it: written beside it and renamed. Exits with one line if that fails."""
+    try:
+        torch.save({'options': options, 'w': w, 'history': history}, path + '.tmp')
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as e:    # torch.save raises the latter when the disk is full
+        fail(f'--checkpoint {path}: could not be written ({str(e).splitlines()[0]}); an earlier one is as it was')
 
 def restore(path, options):
-    """(w, history) of the run saved at path. Exits with one line if it is no checkpoint or was made under other options."""
+    """(options, w, history) of the run saved at path. Exits with one line if it is no checkpoint, or not of such a run."""
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
-        was, w, history = saved['options'], saved['w'], saved['history']
+        was, w, history = {**vars(args_parser([])), **saved['options']}, dict(saved['w']), list(saved['history'])
+        if not w or not all(set(COLUMNS) <= set(row) for row in history): raise ValueError('half empty')
     except Exception as e:      # what torch.load raises for foreign bytes is not documented
         fail(f'--checkpoint {path}: not a checkpoint of this program ({type(e).__name__}); name one, or leave --resume out')
-    other = [name for name, v in options.items() if name not in FREE and was.get(name, v) != v]
+    other = [name for name, v in options.items() if name not in FREE and was[name] != v]
     if other:
         fail('--resume 1: the checkpoint was made with ' + ', '.join(f'--{name} {was[name]} (given: {options[name]})' for name in other)
              + '; give the same, or another --checkpoint')
-    return w, history
+    return was, w, history
 
 def plot(path, history):
     """Accuracy and loss against rounds, as a picture at path."""
@@ -258,7 +268,7 @@ def main(argv=None):
     args.device = device_of(args.gpu)
     if args.plot and not importlib.util.find_spec('matplotlib'):
         fail(f'--plot {args.plot}: needs matplotlib, which is not installed; pip install matplotlib, or leave --plot out')
-    w, history = restore(args.checkpoint, options) if args.resume else (None, [])
+    was, w, history = restore(args.checkpoint, options) if args.resume else ({}, None, [])
 
     try:
         train, test = load(args.dataset, args.data_dir, args.seed)
@@ -267,15 +277,17 @@ def main(argv=None):
     train, test = (TensorDataset(*(v.to(args.device) for v in data.tensors)) for data in (train, test))
     seed_torch(args.seed, 'init')
     net = build(args).to(args.device)
-    if w: net.load_state_dict(w)
+    if args.resume: net.load_state_dict(w)
     w = copy.deepcopy(net.state_dict())
 
     K, n_k = args.num_users, np.array([len(parts[k]) for k in range(args.num_users)])
     print(f'{args.dataset}: {n_k.sum()} training and {len(test)} test examples; {K} clients with {n_k.min()} to {n_k.max()} each; '
           f'{args.model} with {sum(p.numel() for p in net.parameters()):,} parameters on {args.device}')
-    if history: print(f'resumed from {args.checkpoint} after round {len(history)}')
-    else: set_aside(args.log), set_aside(args.checkpoint)
-    log, code = open_log(args.log, options, history), 0
+    if args.resume: print(f'resumed from {args.checkpoint} after round {len(history)}; --epochs is {args.epochs}')
+    else: set_aside(args.checkpoint)
+    if was.get('log') != args.log: set_aside(args.log)
+    log = open_log(args.log, options, history)
+    code = 0
     try:
         for t in range(len(history) + 1, args.epochs + 1):
             if args.target and history and max(row['test_acc'] for row in history) >= args.target: break
@@ -288,7 +300,7 @@ def main(argv=None):
             rest = [(w, int(n_k.sum() - n_k[S_t].sum()))] if args.all_clients else []
             w_next = FedAvg(itertools.chain(updates, rest))
             if not row['clients']:
-                print(f'round {t}: no update is finite; the weights stay those of round {t - 1}. Try a lower --lr than {args.lr}',
+                print(f'round {t}: no update is finite; the weights stay those of round {t - 1}. Start again with a lower --lr than {args.lr}',
                       file=sys.stderr)
                 code = 1
                 break
@@ -308,7 +320,7 @@ def main(argv=None):
         code = 130
     if args.checkpoint:
         save(args.checkpoint, options, w, history)
-        print(f'checkpoint: {args.checkpoint}, after round {len(history)}; --resume goes on from it')
+        print(f'checkpoint: {args.checkpoint}, after round {len(history)}')
     if history: summary(args, history)
     if history and args.plot: plot(args.plot, history)
     if code: sys.exit(code)

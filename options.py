@@ -9,7 +9,6 @@ import argparse
 import math
 import os
 import sys
-import tempfile
 
 # What --num_users, --num_channels and --num_classes are held against: training examples, channels, classes.
 DATASETS = {'mnist': (60000, 1, 10), 'fmnist': (60000, 1, 10), 'cifar': (50000, 3, 10), 'synthetic': (60000, 1, 10)}
@@ -34,22 +33,25 @@ def number(kind, low, high=math.inf, hint='', above=False, word=None):
     span = f'{what} {"above" if above else "of at least"} {low}' + (f' and at most {high}' if high < math.inf else '')
     def parse(text):
         if word and text.lower() == word: return math.inf
-        try: value = kind(text)
-        except ValueError: value = math.nan
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f'{text!r} will not do; it takes {span}' + (f' or {word}' if word else '')
-                                             + (f' ({hint})' if hint else ''))
-        return value
+        try:
+            value = kind(text)
+            if math.isfinite(value) and low <= value <= high and not (above and value == low): return value
+        except (ValueError, OverflowError): pass
+        raise argparse.ArgumentTypeError(f'{text!r} will not do; it takes {span}' + (f' or {word}' if word else '')
+                                         + (f' ({hint})' if hint else ''))
     return parse
 
 def writable(text):
-    """A flag's type: the path of a file that can be written: beside it a temporary one can, which is renamed to it."""
-    folder = os.path.dirname(os.path.abspath(text))
-    if not text or os.path.isdir(text): raise argparse.ArgumentTypeError(f'{text!r} is a folder; name a file')
+    """A flag's type: the real path of a file that can be written, beside itself as .tmp, and then renamed."""
+    path = os.path.realpath(text)
+    if not text or os.path.exists(path) and not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a file; name one')
     try:
-        with tempfile.TemporaryFile(dir=folder): return text
+        with open(path + '.tmp', 'ab'): pass
+        if os.path.exists(path + '.tmp'): os.remove(path + '.tmp')
     except OSError as e:
         raise argparse.ArgumentTypeError(f'{text!r} cannot be written ({e.strerror}); name a file in a folder that you may write to')
+    return path
 
 #############################################
 #                 The flags                 #
@@ -62,7 +64,7 @@ def args_parser(argv=None):
     def add(name, default, kind, text, **more):
         parser.add_argument(f'--{name}', default=default, type=kind, help=f'{text} (default {default})', **more)
     def switch(name, default, text):
-        add(name, default, int, text, nargs='?', const=1, choices=(0, 1))
+        add(name, default, number(int, 0, 1), text, nargs='?', const=1)
 
     group = parser.add_argument_group('federation')
     add('epochs', 60, number(int, 1), 'rounds t of training')
@@ -70,7 +72,7 @@ def args_parser(argv=None):
     add('frac', 0.1, number(float, 0, 1), 'C, fraction of clients asked per round, m = max(round(C K), 1); the paper has 0 to 1')
     add('local_ep', 1, number(int, 1), 'E, local epochs; the paper has 1 to 20')
     add('local_bs', 10, number(int, 1, word='inf'), "B, local batch size, 'inf' for all of a client's data; the paper has 10, 50 and inf")
-    add('lr', 0.1, number(float, 0, above=True), 'eta, local learning rate; the paper picks it per cell of a table')
+    add('lr', 0.1, number(float, 0, 1e9, above=True), 'eta, local learning rate; the paper picks it per cell of a table')
     add('lr_decay', 1.0, number(float, 0, 1, above=True), 'eta is multiplied by this each round; the paper has 0.99 on CIFAR')
     add('momentum', 0.0, number(float, 0, 0.9999), 'momentum of the local SGD; the paper has none')
     add('optimizer', 'sgd', str, 'local optimizer; the paper has SGD', choices=('sgd', 'adamw'))
@@ -108,12 +110,15 @@ def check(args):
         given = getattr(args, name)
         if given not in (None, known): fail(f'--{name} {given}: {args.dataset} has {known}; leave the flag out')
         setattr(args, name, known)
-    if args.num_users > n: fail(f'--num_users {args.num_users}: {args.dataset} has {n} training examples; at most that many clients')
+    if args.num_users > n: fail(f'--num_users {args.num_users}: {args.dataset} has {n} training examples; at most that many')
     if args.alpha and args.iid: fail(f'--alpha {args.alpha}: splits by label, which --iid 1 does not; add --iid 0')
-    if args.momentum and args.optimizer != 'sgd': fail(f'--momentum {args.momentum}: adamw has its own; leave the flag out, or --optimizer sgd')
+    if args.momentum and args.optimizer != 'sgd':
+        fail(f'--momentum {args.momentum}: adamw has its own; leave the flag out, or --optimizer sgd')
     if args.resume and not args.checkpoint: fail('--resume 1: nothing to go on from; name the file with --checkpoint')
     if args.resume and not os.path.isfile(args.checkpoint):
         fail(f'--resume 1: there is no file {args.checkpoint}; leave --resume out for a first run')
-    if args.plot and not args.plot.endswith(('.png', '.pdf', '.svg')): fail(f'--plot {args.plot}: the name ends in .png, .pdf or .svg')
-    files = [os.path.abspath(f) for f in (args.log, args.checkpoint, args.plot) if f]
-    if len(set(files)) < len(files): fail(f'--log, --checkpoint and --plot: {files[-1]} is named twice; name a file for each')
+    if args.plot and not args.plot.lower().endswith(('.png', '.pdf', '.svg')):
+        fail(f'--plot {args.plot}: not a kind of picture; the name ends in .png, .pdf or .svg')
+    files = [f for f in (args.log, args.checkpoint, args.plot) if f]
+    for f in files:
+        if files.count(f) > 1: fail(f'--log, --checkpoint and --plot: {f} is named twice; name a file for each')

@@ -44,25 +44,29 @@ def load(name, data_dir, seed=0):
     if name == 'synthetic': return synthetic(60000, seed, 'train'), synthetic(10000, seed, 'test')
     for path in files(name, data_dir):
         if os.path.exists(path) and not sound(path): raise OSError(f'{path} is truncated or corrupt; delete it and fetch it anew')
+    missing = [path for path in files(name, data_dir) if not os.path.exists(path)]
     try:
         sets = [KINDS[name](data_dir, train=train, download=True) for train in (True, False)]
     except Exception as e:      # torchvision raises anything from URLError to RuntimeError here
-        raise OSError(f'{name} could neither be read from {os.path.abspath(data_dir)} nor downloaded to it ({str(e).strip().splitlines()[-1]}); '
-                      'name the folder that holds it with --data_dir, or take --dataset synthetic') from e
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
+        raise OSError(f'{os.path.abspath(data_dir)} lacks {", ".join(os.path.relpath(p, data_dir) for p in missing) or "readable files"}, and '
+                      f'the download failed ({reason}); name the folder that holds {name} with --data_dir, or take --dataset synthetic') from e
     return tuple(standardised(name, data_dir, s) for s in sets)
 
 def files(name, data_dir):
     """The paths of the files that torchvision keeps under data_dir for the data set `name`."""
     kind = KINDS[name]
     if name == 'cifar':
-        return [os.path.join(data_dir, kind.base_folder, f) for f, _ in kind.train_list + kind.test_list]
+        return [os.path.join(data_dir, kind.base_folder, f) for f in (*dict(kind.train_list + kind.test_list), kind.meta['filename'])]
     return [os.path.join(data_dir, kind.__name__, 'raw', f.removesuffix('.gz')) for f, _ in kind.resources]
 
 def sound(path):
     """Whether a data file is whole: an IDX file by its header's dimensions, a CIFAR batch by the MD5 sum torchvision knows."""
     name = os.path.basename(path)
     if not name.endswith('-ubyte'):
-        return check_integrity(path, dict(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list)[name])
+        cifar = datasets.CIFAR10
+        return check_integrity(path, {cifar.meta['filename']: cifar.meta['md5'], **dict(cifar.train_list + cifar.test_list)}[name])
+    if not os.path.isfile(path): return False
     with open(path, 'rb') as f: head = f.read(16)
     dims = 3 if 'images' in name else 1                         # magic number: 0, 0, 8 for uint8, number of dimensions
     shape = [int.from_bytes(head[4 + 4 * i:8 + 4 * i], 'big') for i in range(dims)]
@@ -87,9 +91,11 @@ GLYPHS = ('10 30 41 45 36 16 05 01 10', '02 20 26', '01 10 30 41 42 06 46', '01 
           '40 00 02 32 43 45 36 16 05', '30 12 04 05 16 36 45 44 33 13 04', '00 40 16',
           '10 30 41 42 33 13 02 01 10, 13 33 44 45 36 16 05 04 13', '42 33 13 02 01 10 30 41 42 34 16')
 
-def distance_fields(side=48, reach=1.5):
-    """How far each point of [-reach, reach]^2 is from each digit's pen strokes, (10, 1, side, side); a digit is 1 high."""
-    axis = torch.linspace(-reach, reach, side)
+REACH = 1.5         # of the distance fields, in digits' heights
+
+def distance_fields(side=48):
+    """How far each point of [-REACH, REACH]^2 is from each digit's pen strokes, (10, 1, side, side); a digit is 1 high."""
+    axis = torch.linspace(-REACH, REACH, side)
     at = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), -1)[:, :, None]             # (side, side, 1, 2)
     fields = []
     for glyph in GLYPHS:
@@ -103,7 +109,7 @@ def distance_fields(side=48, reach=1.5):
 def synthetic(n, seed, name):
     """n digits drawn with a pen of random width, turned, sheared, stretched, shifted, bent and covered with noise."""
     draw = torch.Generator().manual_seed(int(rng(seed, 'synthetic', name).integers(2**63)))
-    fields, reach = distance_fields(), 1.5
+    fields = distance_fields()
     y = torch.randint(10, (n,), generator=draw)
     x = torch.empty(n, 1, 28, 28)
     def normal(*shape): return torch.randn(*shape, generator=draw)
@@ -117,7 +123,7 @@ def synthetic(n, seed, name):
         theta[:, :, 2] = 0.08 * normal(b, 2)
         grid = F.affine_grid(theta, (b, 1, 28, 28), align_corners=True)                             # (b, 28, 28, 2)
         grid = grid + (bend * torch.sin(5 * grid.permute(0, 3, 1, 2).flip(1) + phase)).permute(0, 2, 3, 1)
-        d = F.grid_sample(fields[y[at]], grid / reach, align_corners=True, padding_mode='border')   # (b, 1, 28, 28)
+        d = F.grid_sample(fields[y[at]], grid / REACH, align_corners=True, padding_mode='border')   # (b, 1, 28, 28)
         pen, ink = 0.06 + 0.02 * normal(b, 1, 1, 1), 0.85 + 0.15 * normal(b, 1, 1, 1)
         x[at] = ink * ((pen.clamp(min=0.02) - d) / 0.06 + 0.5).clamp_(0, 1) + 0.1 * normal(b, 1, 28, 28)
     return TensorDataset(x.sub_(0.15).div_(0.35), y)
@@ -185,7 +191,7 @@ def partition(labels, K, iid_=True, alpha=None, unequal=False, seed=0):
 def labels_of(dataset):
     """The labels (n,) of any map-style (image, label) data set; read from .targets where it has them."""
     targets = getattr(dataset, 'targets', None)
-    return torch.as_tensor([int(y) for _, y in dataset] if targets is None else targets).numpy()
+    return torch.as_tensor([int(dataset[i][1]) for i in range(len(dataset))] if targets is None else targets).numpy()
 
 def mnist_iid(dataset, num_users, seed=0):
     """{user: indices}: an equal share of the shuffled data set for each of num_users; for any data set."""
