@@ -18,11 +18,13 @@ The paper's symbols, here and in the code:
                             w = sum over S_t of (n_k / m_t) w_k
     ClientUpdate(k, w): for E epochs, for each batch b of B of the client's shuffled examples: w = w - lr grad loss(w; b)
 """
+import contextlib
 import copy
 import csv
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import sys
@@ -31,7 +33,10 @@ import weakref
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.func import functional_call, vmap
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset
 
 from compress import check
@@ -61,11 +66,10 @@ class LocalUpdate:
         The optimizer is a new one each time. Shuffles and dropout are drawn from torch's own generators.
         """
         net = copy.deepcopy(net).to(self.args.device).train()
-        step = optimizer(self.args, net.parameters(), self.args.lr if lr is None else lr)
+        step = optimizer(self.args, net.parameters(), self.args.lr if lr is None else lr, fused=True)
         n_k, B = len(self.y), min(self.args.local_bs, len(self.y))
-        shuffles, total = [torch.randperm(n_k) for _ in range(self.args.local_ep)], torch.zeros((), device=self.x.device)
-        for shuffle in shuffles:
-            shuffle = shuffle.to(self.x.device)
+        total = torch.zeros((), device=self.x.device)
+        for shuffle in shuffles(n_k, self.args.local_ep).to(self.x.device):
             for x, y in zip(self.x[shuffle].split(B), self.y[shuffle].split(B)):
                 loss = F.cross_entropy(net(x), y)
                 step.zero_grad()
@@ -74,10 +78,14 @@ class LocalUpdate:
                 total.add_(loss.detach(), alpha=len(y))     # stays on the device: no waiting for it
         return net.state_dict(), float(total) / (n_k * self.args.local_ep)
 
-def optimizer(args, parameters, lr):
+def shuffles(n_k, E):
+    """The orders in which a client goes through its n_k examples, (E, n_k), drawn from torch's generator before all else."""
+    return torch.stack([torch.randperm(n_k) for _ in range(E)])
+
+def optimizer(args, parameters, lr, **more):
     """The local optimizer that args.optimizer names: SGD with args.momentum, the paper's without, or AdamW."""
-    if getattr(args, 'optimizer', 'sgd') == 'adamw': return torch.optim.AdamW(parameters, lr=lr)
-    return torch.optim.SGD(parameters, lr=lr, momentum=args.momentum)
+    if getattr(args, 'optimizer', 'sgd') == 'adamw': return torch.optim.AdamW(parameters, lr=lr, **more)
+    return torch.optim.SGD(parameters, lr=lr, momentum=args.momentum, **more)
 
 MADE = weakref.WeakKeyDictionary()      # {data set: {(indices, device): tensors}}
 
@@ -102,39 +110,157 @@ def seed_torch(*keys):
 
 def local_updates(args, net, dataset, parts, S_t, t):
     """Yields (k, w_k, n_k, mean loss) for each k in S_t, one client after the other, each from net's weights."""
-    lr = args.lr * args.lr_decay ** (t - 1)
     for k in S_t:
         seed_torch(args.seed, 'train', t, k)
-        w_k, loss = LocalUpdate(args, dataset, parts[k]).train(net, lr)
+        w_k, loss = LocalUpdate(args, dataset, parts[k]).train(net, args.lr * args.lr_decay ** (t - 1))
         yield k, w_k, len(parts[k]), loss
+
+#############################################
+#       ClientUpdate, many at a time        #
+#############################################
+
+class Stacked:
+    """local_updates' equal: up to `size` clients train side by side, their weights stacked to (m, ...) under torch.func.vmap.
+
+    Every client has the loop's batches. Those with the most steps come first in a stack, so the ones still at work are its
+    first few; a client that is done is copied out and leaves it, with its optimizer state. Compiled, a stack keeps its size
+    (another one would be compiled anew) and those that are done are copied out and ignored.
+    """
+    def __init__(self, args, net, size):
+        self.args, self.net, self.size = args, copy.deepcopy(net).train(), size
+        self.names = [name for name, _ in net.named_parameters()]
+        if args.compile:
+            self.stack(net, size, args.lr)
+            self.step = torch.compile(self.step, mode='reduce-overhead' if args.device.type == 'cuda' else None)
+
+    def compile(self, dataset, B):
+        """Compiles the step for batches of B from dataset and says how long that took; exits with one line if it cannot be."""
+        began, (x, y) = time.perf_counter(), (v[:1].expand(self.size, B, *v.shape[1:]) for v in dataset.tensors)
+        torch._logging.set_logs(dynamo=logging.ERROR)
+        try:
+            for _ in range(2): self.step(x, y, torch.zeros(y.shape, device=y.device))     # the second has the optimizer's state
+        except Exception as e:      # whatever torch.compile and the C++ compiler raise
+            fail(f'--compile 1: torch.compile does not work here ({str(e).strip().splitlines()[0]}); leave the flag out')
+        print(f'--compile 1: compiled in {time.perf_counter() - began:.0f} s')
+
+    def __call__(self, args, net, dataset, parts, S_t, t):
+        """Yields (k, w_k, n_k, mean loss) for each k in S_t, those with the most examples first."""
+        order = sorted(S_t, key=lambda k: -len(parts[k]))
+        for i in range(0, len(order), self.size): yield from self.train(net, dataset, parts, order[i:i + self.size], t)
+
+    def train(self, net, dataset, parts, ks, t):
+        """Yields (k, w_k, n_k, mean loss) for each k in ks, in descending order of their n_k."""
+        E, B = self.args.local_ep, min(self.args.local_bs, len(parts[ks[0]]))
+        plans = []
+        for k in ks:
+            seed_torch(self.args.seed, 'train', t, k)
+            plans.append(batches(parts[k], shuffles(len(parts[k]), E), B))
+        index, weight = (pad_sequence(v).to(self.args.device) for v in zip(*plans))             # (steps, m, B) each
+        if self.args.compile: index, weight = (F.pad(v, (0, 0, 0, self.size - len(ks))) for v in (index, weight))
+        counts, total = (weight > 0).sum(2), torch.zeros(weight.shape[1], device=self.args.device)    # (steps, m), (m,)
+        self.stack(net, weight.shape[1], self.args.lr * self.args.lr_decay ** (t - 1))
+        seed_torch(self.args.seed, 'dropout', t, ks[0])
+        x, y = dataset.tensors
+        done = [len(plan[0]) for plan in plans]                                                 # steps, descending
+        for s in range(done[0]):
+            m = len(total) if self.args.compile else sum(d > s for d in done)
+            if m < len(self.w[0]): self.narrow(m)
+            total[:m] += self.step(x[index[s, :m]], y[index[s, :m]], weight[s, :m]) * counts[s, :m]
+            for i, k in enumerate(ks):
+                if done[i] == s + 1:
+                    w_k = {name: v[i].detach().clone() for name, v in zip(self.names, self.w)}
+                    yield k, w_k, len(parts[k]), float(total[i]) / (len(parts[k]) * E)
+
+    def stack(self, net, m, lr):
+        """m copies of net's weights and a fresh optimizer: a new one, or, compiled, the one that was compiled, set back."""
+        if not self.args.compile or not hasattr(self, 'w'):
+            self.w = [p.detach().expand(m, *p.shape).clone(memory_format=torch.contiguous_format) for p in net.parameters()]
+            for v in self.w: v.requires_grad_(not self.args.compile)
+            self.optimizer = optimizer(self.args, self.w, torch.tensor(lr, device=self.args.device) if self.args.compile else lr)
+            return
+        for v, p in zip(self.w, net.parameters()): v.copy_(p.detach())
+        for state in self.optimizer.state.values():
+            for v in state.values():
+                if isinstance(v, torch.Tensor): v.zero_()
+        self.optimizer.param_groups[0]['lr'].fill_(lr)
+
+    def narrow(self, m):
+        """Keeps the first m of the stack, and their optimizer state."""
+        state, group = self.optimizer.state, self.optimizer.param_groups[0]
+        for i, v in enumerate(self.w):
+            self.w[i] = v.detach()[:m].requires_grad_()
+            if v in state: state[self.w[i]] = {name: u[:m] if u.shape == v.shape else u for name, u in state.pop(v).items()}
+        group['params'] = self.w
+
+    def step(self, x, y, weight):
+        """One optimizer step of every client; the losses before it, (m,). x: (m, B, ...); y, weight: (m, B)."""
+        if self.args.compile: grads, losses = torch.func.grad(self.loss, has_aux=True)(self.w, x, y, weight)
+        else:
+            total, losses = self.loss(self.w, x, y, weight)
+            grads = torch.autograd.grad(total, self.w)
+        for v, g in zip(self.w, grads): v.grad = g
+        self.optimizer.step()
+        return losses.detach()
+
+    def loss(self, w, x, y, weight):
+        """The sum over clients of their losses, whose gradient is each client's own, and the losses, (m,)."""
+        forward = lambda w_k, x_k: functional_call(self.net, dict(zip(self.names, w_k)), (x_k,))
+        logits = vmap(forward, randomness='different')(list(w), x)                              # (m, B, classes)
+        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction='none').view(y.shape) * weight
+        return losses.sum(), losses.sum(1)
+
+def batches(idxs, order, B):
+    """A client's batches as indices, (steps, B), and weights, (steps, B): 1/b for each of a batch's b examples, 0 for padding."""
+    pad = -order.shape[1] % B
+    index = F.pad(torch.as_tensor(idxs)[order], (0, pad)).view(-1, B)
+    real = F.pad(torch.ones(order.shape), (0, pad)).view(-1, B)
+    return index, real / real.sum(1, keepdim=True)
+
+def unstackable(net):
+    """Why a net cannot train stacked, or None: what BatchNorm keeps of a batch cannot be updated under vmap."""
+    for name, module in net.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase) or list(module.buffers(recurse=False)):
+            return f'{name or type(net).__name__} keeps running statistics or other buffers'
+
+def engine(args, net, m):
+    """local_updates or a Stacked of at most m, as --engine says; auto takes what was measured to be faster (README, "Speed")."""
+    why, cpu = unstackable(net), args.device.type == 'cpu'
+    if why and (args.engine == 'stacked' or args.compile): fail(f'--engine {args.engine}: the net cannot train stacked, {why}; take --engine loop')
+    if args.engine == 'loop' or why or (args.engine == 'auto' and cpu and args.model == 'paper_cnn' and not args.compile): return local_updates
+    # On a CPU as many as fit its caches; on a GPU as many as 2 GiB hold, at 16 bytes a weight and as much for activations.
+    size = (5 if args.compile else 10) if cpu else max(1, 2**31 // (32 * sum(p.numel() for p in net.parameters())))
+    return Stacked(args, net, min(size, m))
 
 #############################################
 #            Server: uplink, average        #
 #############################################
 
-def uplink(updates, row, verbose=False):
-    """(k, w_k, n_k, loss) in, (w_k, n_k) out for those that the server accepts; counts them in row, with their mean loss."""
-    m_t = 0
+def uplink(updates, tally, verbose=False):
+    """(k, w_k, n_k, loss) in, (w_k, n_k) out for those that the server accepts.
+
+    tally: a dict in which it counts clients and rejected, and sums the accepted n_k (m_t) and n_k loss (loss).
+    """
     for k, w_k, n_k, loss in updates:
         try:
             check(w_k)
         except ValueError as e:
-            row['rejected'] += 1
-            print(f'round {row["round"]}: client {k} is left out, its {e}')
+            tally['rejected'] += 1
+            print(f'client {k} is left out, its {e}')
             continue
         if verbose: print(f'    client {k:5d}   n_k {n_k:6d}   loss {loss:.4f}')
-        m_t += n_k
-        row['clients'] += 1
-        row['train_loss'] += (loss - row['train_loss']) * n_k / m_t
+        tally['clients'] += 1
+        tally['m_t'] += n_k
+        tally['loss'] += n_k * loss
         yield w_k, n_k
 
-def FedAvg(w, n=None):
+def FedAvg(w, n=None, all_sum=lambda tensors: None):
     """The weighted mean of state_dicts, sum of n_k w_k over sum of n_k (Algorithm 1, last line of the server's loop).
 
     w: an iterable of state_dicts with their n_k in n (without n the plain mean), or one of pairs (state_dict, n_k); taken
     one by one, so that a few models are in memory at a time. Floating point tensors, buffers too, are averaged (summed in
-    float64); others are the first's. The result shares no memory with what went in; None if nothing did.
-    Raises ValueError if state_dicts differ in their keys or shapes, if n is of another length, or if all n_k are 0.
+    float64); others are the first's. The result shares no memory with what went in; None if nothing did, or n_k of 0 only.
+    all_sum: adds a list of tensors up over all processes, in place; each of them then has the mean over the clients of all.
+    Raises ValueError if state_dicts differ in their keys or shapes, or if n is of another length.
     """
     pairs = zip(w, n, strict=True) if n is not None else (u if isinstance(u, tuple) else (u, 1) for u in w)
     first = None
@@ -147,22 +273,83 @@ def FedAvg(w, n=None):
         for name, v in total.items(): v += n_k * w_k[name].double()
         m_t += n_k
     if first is None: return None
-    if not m_t > 0: raise ValueError(f'the n_k add up to {m_t}; there is no mean')
+    m_t = torch.tensor(float(m_t), dtype=torch.float64, device=next(iter(first.values())).device)
+    all_sum([m_t, *total.values()])
+    if not m_t > 0: return None
     for name, v in total.items(): first[name].copy_(v / m_t)
     return first
 
 @torch.no_grad()
-def evaluate(net, x, y, bs):
-    """(mean loss, accuracy in [0, 1]) of net on x (n, ...), y (n,), bs at a time; net's weights and modes stay as they are."""
+def evaluate(net, x, y, bs, all_sum=lambda tensors: None):
+    """(mean loss, accuracy in [0, 1]) of net on x (n, ...), y (n,), bs at a time; net's weights and modes stay as they are.
+
+    all_sum: as FedAvg's; x and y are then one process's share.
+    """
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    loss, right = 0.0, 0
-    for xb, yb in zip(x.split(min(bs, len(x))), y.split(min(bs, len(x)))):
+    sums = torch.zeros(3, dtype=torch.float64, device=x.device)     # of losses, right answers, examples
+    for xb, yb in zip(x.split(min(bs, len(x)) or 1), y.split(min(bs, len(x)) or 1)):
         logits = net(xb)
-        loss += F.cross_entropy(logits, yb, reduction='sum').double()
-        right += (logits.argmax(1) == yb).sum()
+        sums += torch.stack([F.cross_entropy(logits, yb, reduction='sum'), (logits.argmax(1) == yb).sum(), logits.new_tensor(len(yb))])
     for module, mode in modes: module.training = mode
-    return float(loss) / len(y), int(right) / len(y)
+    all_sum([sums])
+    loss, right, n = sums.tolist()
+    return loss / n, right / n
+
+#############################################
+#         More than one process             #
+#############################################
+
+def processes(device):
+    """(rank, number of processes): joins the others if torchrun started this one; (0, 1) without it.
+
+    CPU tensors are reduced by gloo, those on GPUs by nccl.
+    """
+    if 'TORCHELASTIC_RUN_ID' not in os.environ: return 0, 1
+    if device.type == 'cuda': torch.cuda.set_device(device)
+    store, rank, size = next(dist.rendezvous('env://'))
+    # torchrun keeps one store over its restarts, and what dead processes left in it would be taken for the living ones'.
+    # Machines count their restarts apart, so this mends it on one machine only; see README for several.
+    if os.environ.get('GROUP_WORLD_SIZE') == '1': store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=size)
+    return rank, size
+
+def all_sum(tensors):
+    """Adds each tensor up over all processes, in place. A process alone has nothing to add."""
+    if not dist.is_initialized(): return
+    with others():
+        if dist.get_backend() == 'gloo': dist.monitored_barrier()       # it names a process that does not come
+        for v in tensors: dist.all_reduce(v)
+
+@contextlib.contextmanager
+def others():
+    """What is done together with other processes: one that has died ends this one too, with a line that names it."""
+    try: yield
+    except RuntimeError as e:
+        print(f'process {dist.get_rank()}: another process has gone: {str(e).splitlines()[0]}', file=sys.stderr, flush=True)
+        os._exit(1)     # at once: an orderly exit would wait for the one that has gone
+
+def all_summed(numbers, device):
+    """The numbers, each added up over all processes."""
+    sums = torch.tensor([float(v) for v in numbers], dtype=torch.float64, device=device)
+    all_sum([sums])
+    return sums.tolist()
+
+def from_rank_0(value):
+    """Rank 0's value, in every process."""
+    box = [value]
+    if dist.is_initialized():
+        with others(): dist.broadcast_object_list(box, device=torch.device('cpu'))
+    return box[0]
+
+def shares(S_t, n_k, size):
+    """S_t dealt to `size` processes by work, a list for each: the client with the most examples first, to the least loaded."""
+    dealt, load = [[] for _ in range(size)], [0] * size
+    for k in sorted(S_t, key=lambda k: -n_k[k]):
+        least = load.index(min(load))
+        dealt[least].append(k)
+        load[least] += n_k[k]
+    return [sorted(ks) for ks in dealt]
 
 #############################################
 #      What is kept: log, checkpoint, plot  #
@@ -170,7 +357,7 @@ def evaluate(net, x, y, bs):
 
 COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'up_bytes', 'down_bytes', 'epsilon', 'seconds')
 # What may differ between a run and its resumption: nothing that the weights of a round depend on.
-FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose'}
+FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose', 'compile'}
 
 def rounds_to(target, accuracies):
     """Rounds to the target accuracy by the paper's protocol, or None (Section 3): the curve made monotone (best so far),
@@ -252,14 +439,31 @@ def summary(args, history):
 #############################################
 
 def device_of(gpu):
-    """CUDA device `gpu` where CUDA is present; the CPU for -1, and, said in one line, without CUDA."""
+    """CUDA device `gpu`, and under torchrun that many after it, where CUDA is present; the CPU for -1, and, said, without CUDA."""
     if gpu < 0: return torch.device('cpu')
     if not torch.cuda.is_available():
-        print(f'--gpu {gpu}: no CUDA here, so this runs on the CPU')
+        if os.environ.get('RANK', '0') == '0': print(f'--gpu {gpu}: no CUDA here, so this runs on the CPU')
         return torch.device('cpu')
-    there = torch.cuda.device_count()
-    if gpu >= there: fail(f'--gpu {gpu}: this machine has {there} GPU{"s"[:there != 1]}; take 0 to {there - 1}, or -1 for the CPU')
-    return torch.device('cuda', gpu)
+    wanted, there = gpu + int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+    if wanted >= there:
+        fail(f'--gpu {gpu}: this machine has {there} GPU{"s"[:there != 1]}; take 0 to {there - 1}, a process each, or -1 for the CPU')
+    return torch.device('cuda', wanted)
+
+def holdings(args, rank, size):
+    """(train, test, {k: indices}): what the simulation holds, or with --silo this process's own data, it being client `rank`.
+
+    Test examples are shared out among the processes; with --silo rank 0 has all of its own. Exits with one line if the data
+    cannot be read or shared.
+    """
+    folder, seed = (args.data_dir.replace('{rank}', str(rank)), args.seed + rank) if args.silo else (args.data_dir, args.seed)
+    try:
+        train, test = load(args.dataset, folder, seed)
+        if not args.silo: parts = partition(train.tensors[1], args.num_users, args.iid, args.alpha, args.unequal, args.seed)
+    except (OSError, ValueError) as e: fail(e, everyone=args.silo)
+    if args.silo: parts = {rank: np.arange(len(train))}
+    mine = slice(0, len(test) if rank == 0 else 0) if args.silo else slice(rank, None, size)
+    train, test = ([v.to(args.device) for v in data.tensors] for data in (train, test))
+    return TensorDataset(*train), TensorDataset(*(v[mine] for v in test)), parts
 
 def main(argv=None):
     """Runs the server of Algorithm 1 for the flags in argv (None: the command line); the log's rows, a dict a round."""
@@ -268,22 +472,26 @@ def main(argv=None):
     args.device = device_of(args.gpu)
     if args.plot and not importlib.util.find_spec('matplotlib'):
         fail(f'--plot {args.plot}: needs matplotlib, which is not installed; pip install matplotlib, or leave --plot out')
-    was, w, history = restore(args.checkpoint, options) if args.resume else ({}, None, [])
+    rank, size = processes(args.device)
+    if rank: sys.stdout, args.log, args.checkpoint, args.plot = open(os.devnull, 'w'), None, None, None     # rank 0's alone
+    saved = args.checkpoint and args.resume and os.path.exists(args.checkpoint)
+    was, w, history = from_rank_0(restore(args.checkpoint, options) if saved else ({}, None, []))
 
-    try:
-        train, test = load(args.dataset, args.data_dir, args.seed)
-        parts = partition(train.tensors[1], args.num_users, args.iid, args.alpha, args.unequal, args.seed)
-    except (OSError, ValueError) as e: fail(e)
-    train, test = (TensorDataset(*(v.to(args.device) for v in data.tensors)) for data in (train, test))
+    train, test, parts = holdings(args, rank, size)
+    K = size if args.silo else args.num_users
+    n_k = torch.tensor([len(parts.get(k, ())) for k in range(K)])
+    if args.silo: all_sum([n_k])
+    n_k = n_k.numpy()
     seed_torch(args.seed, 'init')
     net = build(args).to(args.device)
-    if args.resume: net.load_state_dict(w)
+    if args.device.type == 'cpu': net = net.to(memory_format=torch.channels_last)       # no change but for convolutions
+    if w: net.load_state_dict(w)
     w = copy.deepcopy(net.state_dict())
-
-    K, n_k = args.num_users, np.array([len(parts[k]) for k in range(args.num_users)])
-    print(f'{args.dataset}: {n_k.sum()} training and {len(test)} test examples; {K} clients with {n_k.min()} to {n_k.max()} each; '
-          f'{args.model} with {sum(p.numel() for p in net.parameters()):,} parameters on {args.device}')
-    if args.resume: print(f'resumed from {args.checkpoint} after round {len(history)}; --epochs is {args.epochs}')
+    clients = engine(args, net, m=math.ceil(max(round(args.frac * K), 1) / size))
+    print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
+          f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
+    if args.compile: clients.compile(train, min(args.local_bs, int(n_k.max())))
+    if was: print(f'resumed from {args.checkpoint} after round {len(history)}; --epochs is {args.epochs}')
     else: set_aside(args.checkpoint)
     if was.get('log') != args.log: set_aside(args.log)
     log = open_log(args.log, options, history)
@@ -292,28 +500,34 @@ def main(argv=None):
         for t in range(len(history) + 1, args.epochs + 1):
             if args.target and history and max(row['test_acc'] for row in history) >= args.target: break
             began = time.perf_counter()
-            row = dict.fromkeys(COLUMNS, '') | {'round': t, 'train_loss': 0.0, 'clients': 0, 'rejected': 0}
+            tally = {'clients': 0, 'rejected': 0, 'm_t': 0, 'loss': 0.0}
 
-            S_t = select(K, args.frac, rng(args.seed, 'select', t))
-            updates = local_updates(args, net, train, parts, S_t, t)        # (k, w_k, n_k, loss), one at a time
-            updates = uplink(updates, row, args.verbose)                    # (w_k, n_k) of those that are accepted
-            rest = [(w, int(n_k.sum() - n_k[S_t].sum()))] if args.all_clients else []
-            w_next = FedAvg(itertools.chain(updates, rest))
-            if not row['clients']:
-                print(f'round {t}: no update is finite; the weights stay those of round {t - 1}. Start again with a lower --lr than {args.lr}',
-                      file=sys.stderr)
+            S_t = select(K, args.frac, rng(args.seed, 'select', t)).tolist()
+            mine = [k for k in S_t if k in parts] if args.silo else shares(S_t, n_k, size)[rank]
+            updates = clients(args, net, train, parts, mine, t)             # (k, w_k, n_k, loss), one at a time
+            updates = uplink(updates, tally, args.verbose)                  # (w_k, n_k) of those that are accepted
+            rest = int(n_k.sum() - n_k[S_t].sum()) if args.all_clients and rank == 0 else 0
+            w_next = FedAvg(itertools.chain(updates, [(w, rest)]), all_sum=all_sum)
+
+            tally = dict(zip(tally, all_summed(tally.values(), args.device)))
+            if not tally['clients']:
+                print(f'round {t}: no update is finite; the weights stay those of round {t - 1}. Start again with a lower --lr '
+                      f'than {args.lr}', file=sys.stderr if rank == 0 else sys.stdout)
                 code = 1
                 break
             net.load_state_dict(w_next)
-            row['test_loss'], row['test_acc'] = evaluate(net, *test.tensors, args.bs)
-            row['seconds'] = time.perf_counter() - began
+            test_loss, test_acc = evaluate(net, *test.tensors, args.bs, all_sum)
+            row = dict.fromkeys(COLUMNS, '') | {
+                'round': t, 'train_loss': tally['loss'] / tally['m_t'], 'test_loss': test_loss, 'test_acc': test_acc,
+                'clients': int(tally['clients']), 'rejected': int(tally['rejected']), 'seconds': time.perf_counter() - began}
             w, history = w_next, history + [row]
 
             rows(log).writerow(row)
             log.flush()
             if args.checkpoint and t % args.save_every == 0: save(args.checkpoint, options, w, history)
-            print(f'round {t:4d}/{args.epochs}   train loss {row["train_loss"]:.4f}   test acc {100 * row["test_acc"]:.2f} %   '
-                  f'best {100 * max(r["test_acc"] for r in history):.2f} %   {row["seconds"]:.2f} s   '
+            print(f'round {t:4d}/{args.epochs}   train loss {row["train_loss"]:.4f}   test acc {100 * test_acc:.2f} %   '
+                  f'best {100 * max(r["test_acc"] for r in history):.2f} %   '
+                  + (f'{row["rejected"]} left out   ' if row['rejected'] else '') + f'{row["seconds"]:.2f} s   '
                   f'{row["seconds"] * (args.epochs - t):.0f} s left', flush=True)
     except KeyboardInterrupt:
         print(f'\ninterrupted after round {len(history)}')
@@ -323,6 +537,7 @@ def main(argv=None):
         print(f'checkpoint: {args.checkpoint}, after round {len(history)}')
     if history: summary(args, history)
     if history and args.plot: plot(args.plot, history)
+    if dist.is_initialized(): dist.destroy_process_group()
     if code: sys.exit(code)
     return history
 

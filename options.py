@@ -6,6 +6,7 @@ that names the flag, the value and what would do, before any data are read. This
     python fedavg.py --help
 """
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -17,9 +18,9 @@ DATASETS = {'mnist': (60000, 1, 10), 'fmnist': (60000, 1, 10), 'cifar': (50000, 
 #       Values: text in, number out         #
 #############################################
 
-def fail(message):
-    """Ends the program as every bad input does: one line on stderr, exit code 2."""
-    print(f'fedavg.py: error: {message}', file=sys.stderr)
+def fail(message, everyone=False):
+    """Ends the program as every bad input does: one line on stderr, exit code 2; from torchrun's first process, or everyone."""
+    if everyone or os.environ.get('RANK', '0') == '0': print(f'fedavg.py: error: {message}', file=sys.stderr)
     sys.exit(2)
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +49,7 @@ def writable(text):
         raise argparse.ArgumentTypeError(f'{text!r} is not a file; name one')
     try:
         with open(path + '.tmp', 'ab'): pass
-        if os.path.exists(path + '.tmp'): os.remove(path + '.tmp')
+        with contextlib.suppress(FileNotFoundError): os.remove(path + '.tmp')      # another process of torchrun was faster
     except OSError as e:
         raise argparse.ArgumentTypeError(f'{text!r} cannot be written ({e.strerror}); name a file in a folder that you may write to')
     return path
@@ -62,11 +63,10 @@ def args_parser(argv=None):
     parser = Parser(prog='fedavg.py', description='Federated averaging: Algorithm 1 of McMahan et al. 2017.', allow_abbrev=False)
 
     def add(name, default, kind, text, **more):
-        parser.add_argument(f'--{name}', default=default, type=kind, help=f'{text} (default {default})', **more)
+        parser.add_argument(f'--{name}', default=default, type=kind, help=text if default is None else f'{text} (default {default})', **more)
     def switch(name, default, text):
         add(name, default, number(int, 0, 1), text, nargs='?', const=1)
 
-    group = parser.add_argument_group('federation')
     add('epochs', 60, number(int, 1), 'rounds t of training')
     add('num_users', 100, number(int, 1), 'K, clients in all; the paper has 100')
     add('frac', 0.1, number(float, 0, 1), 'C, fraction of clients asked per round, m = max(round(C K), 1); the paper has 0 to 1')
@@ -81,13 +81,16 @@ def args_parser(argv=None):
     add('model', '2nn', str, "2nn and paper_cnn are the paper's nets; mlp and cnn those of the layout this project mirrors",
         choices=('2nn', 'paper_cnn', 'mlp', 'cnn'))
     add('dataset', 'mnist', str, 'synthetic is drawn by the program itself and needs no download', choices=tuple(DATASETS))
-    add('data_dir', './data', str, "torchvision's root folder; files missing there are downloaded")
+    add('data_dir', './data', str, "torchvision's root folder; files missing there are downloaded; with --silo 1, {rank} in it is the process's number")
     add('num_channels', None, number(int, 1), "the images' channels; known from the data")
     add('num_classes', None, number(int, 1), "the labels' classes; known from the data")
     switch('iid', 1, '1: shuffled; 0: sorted by label, two shards per client')
     add('alpha', None, number(float, 0, above=True), 'with --iid 0: a Dirichlet(alpha) split over the labels instead of shards')
     switch('unequal', 0, "1: the clients' sizes n_k differ by a log-normal factor")
 
+    add('engine', 'auto', str, 'loop: one client after the other; stacked: all of S_t at once; auto: the faster one', choices=('auto', 'loop', 'stacked'))
+    switch('compile', 0, '1: torch.compile the stacked step; takes from seconds to a minute at the start')
+    switch('silo', 0, '1: every process that torchrun starts is one client with its own --data_dir; K is their number')
     add('gpu', 0, number(int, -1), 'CUDA device, used when CUDA is present; -1 is the CPU')
     add('seed', 1, number(int, 0), 'the one seed of partition, selection, initialisation and shuffling')
     add('bs', 250, number(int, 1), 'batch size of the evaluation, examples')
@@ -115,10 +118,14 @@ def check(args):
     if args.momentum and args.optimizer != 'sgd':
         fail(f'--momentum {args.momentum}: adamw has its own; leave the flag out, or --optimizer sgd')
     if args.resume and not args.checkpoint: fail('--resume 1: nothing to go on from; name the file with --checkpoint')
-    if args.resume and not os.path.isfile(args.checkpoint):
+    if args.silo and 'TORCHELASTIC_RUN_ID' not in os.environ:
+        fail('--silo 1: every process is a client; start them with torchrun --nproc_per_node=K fedavg.py --silo 1 ...')
+    # torchrun starts the same command line the first time and after a failure; by hand, a missing file is a typing error.
+    if args.resume and not os.path.isfile(args.checkpoint) and 'TORCHELASTIC_RUN_ID' not in os.environ:
         fail(f'--resume 1: there is no file {args.checkpoint}; leave --resume out for a first run')
     if args.plot and not args.plot.lower().endswith(('.png', '.pdf', '.svg')):
         fail(f'--plot {args.plot}: not a kind of picture; the name ends in .png, .pdf or .svg')
+    if args.compile and args.engine == 'loop': fail('--compile 1: compiles the stacked step; leave out --engine loop')
     files = [f for f in (args.log, args.checkpoint, args.plot) if f]
     for f in files:
         if files.count(f) > 1: fail(f'--log, --checkpoint and --plot: {f} is named twice; name a file for each')

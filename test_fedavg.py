@@ -111,8 +111,8 @@ def test_weighted_mean_equals_a_hand_calculation():
 
 def test_average_refuses_what_has_no_mean():
     one = {'v': torch.ones(2)}
-    assert fedavg.FedAvg([]) is None
-    for w, n in (([one], [0]), ([one, {'u': torch.ones(2)}], [1, 1]), ([one, {'v': torch.ones(1)}], [1, 1]), ([one], [1, 2])):
+    assert fedavg.FedAvg([]) is None and fedavg.FedAvg([one], [0]) is None
+    for w, n in (([one, {'u': torch.ones(2)}], [1, 1]), ([one, {'v': torch.ones(1)}], [1, 1]), ([one], [1, 2])):
         with pytest.raises(ValueError): fedavg.FedAvg(w, n)
 
 def test_average_of_half_precision_does_not_overflow():
@@ -146,7 +146,7 @@ def test_average_needs_few_models_not_m():
             w_k = Watched(v=torch.ones(2))
             seen.append(weakref.ref(w_k))
             yield w_k, 1
-    row = {'round': 1, 'train_loss': 0.0, 'clients': 0, 'rejected': 0}
+    row = {'clients': 0, 'rejected': 0, 'm_t': 0, 'loss': 0.0}
     assert fedavg.FedAvg(fedavg.uplink(((0, w_k, n_k, 0.0) for w_k, n_k in updates()), row))['v'].sum() == 2
 
 def test_a_run_holds_few_models_at_a_time(run, monkeypatch):
@@ -159,15 +159,15 @@ def test_a_run_holds_few_models_at_a_time(run, monkeypatch):
         seen.append(weakref.ref(w_k))
         return w_k, loss
     monkeypatch.setattr(fedavg.LocalUpdate, 'train', watched)
-    run('--frac 1 --epochs 2')
+    run('--frac 1 --epochs 2 --engine loop')
     assert len(seen) == 20
 
 def test_lost_clients_are_renormalised_and_counted(capsys):
-    row = {'round': 1, 'train_loss': 0.0, 'clients': 0, 'rejected': 0}
+    row = {'clients': 0, 'rejected': 0, 'm_t': 0, 'loss': 0.0}
     updates = [(0, {'v': torch.tensor([2.0])}, 1, 0.5), (1, {'v': torch.tensor([math.nan])}, 9, 0.1),
                (2, {'v': torch.tensor([6.0])}, 3, 1.5), (3, {'v': torch.tensor([math.inf])}, 9, 0.1)]
     assert fedavg.FedAvg(fedavg.uplink(updates, row))['v'] == 5                     # (1*2 + 3*6) / 4
-    assert row == {'round': 1, 'train_loss': 1.25, 'clients': 2, 'rejected': 2}     # (1*0.5 + 3*1.5) / 4
+    assert row == {'clients': 2, 'rejected': 2, 'm_t': 4, 'loss': 5.0}      # 1*0.5 + 3*1.5
     assert 'client 1 is left out' in capsys.readouterr().out
 
 def test_a_round_without_survivors_ends_the_run_and_keeps_w(run, tmp_path, capsys):
@@ -284,6 +284,150 @@ def test_m_is_rounded_and_at_least_one():
     assert [asked(100, 0.29), asked(100, 0), asked(100, 1), asked(7, 0.1), asked(10, 0.35)] == [29, 1, 100, 1, 4]
     S_t = sampling.select(50, 0.5, sampling.rng(0))
     assert len(set(S_t)) == 25 and 0 <= S_t.min() and S_t.max() < 50
+
+#############################################
+#           The stacked engine              #
+#############################################
+
+def image_toy(name, n=70):
+    """n random images of the net's size in 10 classes, and the net."""
+    torch.manual_seed(0)
+    channels, side = (3, 32) if name == 'cifar' else (1, 28)
+    net = models.build(SimpleNamespace(model='cnn' if name == 'cifar' else name, num_channels=channels, num_classes=10))
+    return TensorDataset(torch.randn(n, channels, side, side), torch.randint(10, (n,))), net
+
+def both(args, net, dataset, parts, size=4):
+    """What the loop and a Stacked of `size` make of all clients, each as {k: (w_k, n_k, loss)}."""
+    for name, value in dict(seed=1, lr_decay=0.9, compile=0, device=torch.device('cpu')).items(): setattr(args, name, value)
+    runs = fedavg.local_updates, fedavg.Stacked(args, net, size)
+    return [{k: rest for k, *rest in run(args, net, dataset, parts, list(parts), 2)} for run in runs]
+
+@pytest.mark.parametrize('more', [{}, {'momentum': 0.9, 'lr': 0.02}, {'optimizer': 'adamw', 'lr': 0.001}, {'local_bs': math.inf}, {'local_ep': 3}])
+@pytest.mark.parametrize('split', [dict(iid_=1), dict(iid_=0), dict(iid_=1, unequal=1), dict(iid_=0, alpha=0.5, unequal=1)])
+@pytest.mark.parametrize('name', ['2nn', 'paper_cnn', 'cifar'])
+def test_stacked_clients_equal_the_loops(name, split, more):
+    dataset, net = image_toy(name, 70 if name == '2nn' else 30)
+    parts = sampling.partition(dataset.tensors[1], 7 if name == '2nn' else 3, **split)
+    loop, stacked = both(client_args(**{'local_bs': 4, 'lr': 0.05} | more), net, dataset, parts)
+    assert loop.keys() == stacked.keys()
+    for k, (w_k, n_k, loss) in loop.items():
+        assert n_k == stacked[k][1] == len(parts[k]) and loss == pytest.approx(stacked[k][2], rel=1e-5)
+        assert w_k.keys() == stacked[k][0].keys()
+        for key, v in w_k.items(): assert (v - stacked[k][0][key]).norm() <= 1e-5 * v.norm()
+
+def test_a_client_that_is_done_is_frozen_while_others_go_on():
+    dataset, net = image_toy('2nn')
+    alone, _ = both(client_args(momentum=0.9, lr=0.02), net, dataset, {0: np.arange(3)})
+    _, beside = both(client_args(momentum=0.9, lr=0.02), net, dataset, {0: np.arange(3), 1: np.arange(3, 70)})
+    torch.testing.assert_close(alone[0][0]['fc1.weight'], beside[0][0]['fc1.weight'])
+
+def test_a_stack_is_never_larger_than_its_size(monkeypatch):
+    dataset, net = image_toy('2nn')
+    sizes, step = [], fedavg.Stacked.step
+    monkeypatch.setattr(fedavg.Stacked, 'step', lambda self, x, y, w: (sizes.append(len(x)), step(self, x, y, w))[1])
+    both(client_args(), net, dataset, sampling.partition(dataset.tensors[1], 10), size=4)
+    assert sizes == [4, 4, 2]
+
+def test_stacked_clients_have_dropout_of_their_own():
+    dataset, net = image_toy('mlp', 30)
+    losses = [loss for _, _, loss in both(client_args(lr=1e-30), net, dataset, {k: np.arange(30) for k in range(3)})[1].values()]
+    assert len({round(loss, 4) for loss in losses}) == 3
+
+def test_what_cannot_be_stacked_is_refused_or_left_to_the_loop(capsys):
+    net, args = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), client_args(engine='auto', compile=0, model='2nn', device=torch.device('cpu'))
+    assert fedavg.engine(args, net, 10) is fedavg.local_updates
+    args.engine = 'stacked'
+    with pytest.raises(SystemExit): fedavg.engine(args, net, 10)
+    assert capsys.readouterr().err.count('running statistics') == 1
+    args.engine = 'auto'
+    assert isinstance(fedavg.engine(args, nn.Linear(4, 4), 10), fedavg.Stacked)
+    args.model = 'paper_cnn'
+    assert fedavg.engine(args, nn.Linear(4, 4), 10) is fedavg.local_updates
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
+def test_the_compiled_step_equals_the_plain_one(run, tmp_path, capsys):
+    for name in ('0', '1'): run(f'--frac 0.5 --unequal 1 --momentum 0.5 --lr_decay 0.9 --lr 0.02 --compile {name} --checkpoint {tmp_path}/{name}')
+    a, b = weights(tmp_path / '0'), weights(tmp_path / '1')
+    assert all((a[name] - b[name]).norm() <= 1e-5 * a[name].norm() for name in a)
+    assert capsys.readouterr().out.count('--compile 1: compiled in') == 1
+
+def test_a_machine_without_a_compiler_gets_one_line(refused, monkeypatch):
+    def broken(step, **_): raise RuntimeError('no C++ compiler\nand a long story')
+    monkeypatch.setattr(torch, 'compile', lambda step, **_: lambda *words: broken(step))
+    assert 'does not work here (no C++ compiler)' in refused(['--num_users', '10', '--compile', '1'])
+
+#############################################
+#         More than one process             #
+#############################################
+
+def torchrun(words, data, processes=2, **more):
+    """The program under torchrun, on small digits and 10 clients."""
+    small = f'--data_dir {data} --num_users 10 --frac 0.8 --local_ep 1 --epochs 3 --gpu -1 {words}'
+    command = f'-m torch.distributed.run --nproc_per_node={processes} {more.pop("flags", "--standalone")} -- {HERE}/fedavg.py {small}'
+    return subprocess.Popen([sys.executable, *command.split()], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+def test_shares_are_balanced_by_work():
+    assert fedavg.shares([3, 5, 8], {3: 10, 5: 6, 8: 5}, 2) == [[3], [5, 8]]
+    assert fedavg.shares([3, 5], {3: 1, 5: 1}, 3) == [[3], [5], []]
+    busiest = []
+    for seed in range(200):
+        n_k = sampling.sizes(60000, 100, unequal=True, seed=seed)
+        S_t = sampling.select(100, 0.16, sampling.rng(seed))
+        work = [sum(n_k[k] for k in ks) for ks in fedavg.shares(S_t, n_k, 4)]
+        assert sum(work) == n_k[S_t].sum()
+        busiest.append(max(work) / max(np.mean(work), n_k[S_t].max()))      # no share is smaller than the largest client
+    assert np.median(busiest) < 1.05 and np.quantile(busiest, 0.9) < 1.1
+
+@pytest.mark.parametrize('words', ['--unequal 1 --all_clients 1', '--iid 0 --engine loop --model mlp'])
+def test_two_processes_give_what_one_gives(data, run, tmp_path, words):
+    two = torchrun(f'{words} --checkpoint {tmp_path}/two --log {tmp_path}/two.csv', data)
+    out, err = two.communicate(timeout=100)
+    assert two.returncode == 0 and out.count('round    3/3') == 1, err
+    run(f'{words} --frac 0.8 --checkpoint {tmp_path}/one --log {tmp_path}/one.csv')
+    a, b = weights(tmp_path / 'one'), weights(tmp_path / 'two')
+    assert all((a[name] - b[name]).norm() <= 1e-5 * a[name].norm() for name in a)
+    logs = [read_log(tmp_path / f'{name}.csv')[1] for name in ('one', 'two')]
+    for one, two in zip(*logs, strict=True):
+        assert all(one[name] == two[name] for name in ('round', 'test_acc', 'clients', 'rejected'))
+        assert float(one['train_loss']) == pytest.approx(float(two['train_loss']), rel=1e-5)
+
+def test_a_killed_process_is_restarted_and_the_run_ends_as_if_undisturbed(data, run, tmp_path):
+    words = f'--local_ep 30 --epochs 8 --checkpoint {tmp_path}/c.pt --log {tmp_path}/l.csv --resume'
+    killed = torchrun(words, data, flags='--standalone --max-restarts=3')
+    while not (tmp_path / 'c.pt').exists() and killed.poll() is None: time.sleep(0.01)
+    stats = (path.read_text().rpartition(')')[2].split() + [path.parent.name] for path in pathlib.Path('/proc').glob('[0-9]*/stat'))
+    os.kill(max(int(pid) for _, parent, *_, pid in stats if parent == str(killed.pid)), signal.SIGKILL)     # rank 1
+    out, err = killed.communicate(timeout=100)
+    assert killed.returncode == 0 and out.count('resumed from') == 1, err
+    undisturbed = torchrun(words.replace('c.pt', 'full.pt').replace('l.csv', 'full.csv'), data)
+    undisturbed.communicate(timeout=100)
+    assert same(weights(tmp_path / 'c.pt'), weights(tmp_path / 'full.pt'))
+    assert [r['round'] for r in read_log(tmp_path / 'l.csv')[1]] == [str(t) for t in range(1, 9)]
+
+def test_silos_train_on_their_own_files(tmp_path, capsys):
+    for rank, n in enumerate((100, 50)): write_mnist(tmp_path / f'silo{rank}', train=n, test=30)
+    silos = torchrun(f'--silo 1 --frac 1 --epochs 1 --checkpoint {tmp_path}/c.pt', f'{tmp_path}/silo{{rank}}')
+    out, err = silos.communicate(timeout=100)
+    assert silos.returncode == 0 and '2 clients with 50 to 100' in out, err
+    args = options.args_parser('--gpu -1 --local_ep 1'.split())
+    args.device = torch.device('cpu')
+    fedavg.seed_torch(args.seed, 'init')
+    net, w = models.build(args), []
+    for k, n in enumerate((100, 50)):
+        train, test = sampling.load('mnist', tmp_path / f'silo{k}')
+        w += [w_k for _, w_k, _, _ in fedavg.local_updates(args, net, train, {k: np.arange(n)}, [k], 1)]
+    expected, got = fedavg.FedAvg(w, [100, 50]), weights(tmp_path / 'c.pt')
+    assert all((expected[name] - got[name]).norm() <= 1e-5 * got[name].norm() for name in got)
+
+def test_a_silo_that_dies_is_named(tmp_path):
+    for rank in range(2): write_mnist(tmp_path / f'silo{rank}', train=60, test=20)
+    environment = dict(os.environ, TORCHELASTIC_RUN_ID='by hand', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29511')
+    words = f'--silo 1 --data_dir {tmp_path}/silo{{rank}} --frac 1 --epochs 1000000 --gpu -1 --log {tmp_path}/l.csv'
+    silos = [shell(words, env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+    while not ((tmp_path / 'l.csv').exists() and len(read_log(tmp_path / 'l.csv')[1]) > 1) and silos[0].poll() is None: time.sleep(0.05)
+    silos[1].kill()
+    out, err = silos[0].communicate(timeout=100)
+    assert silos[0].returncode == 1 and 'another process has gone' in err and 'ank 1' in err and 'Traceback' not in err, err
 
 #############################################
 #            Partitions (d, e)              #
@@ -559,7 +703,7 @@ def test_the_flags_reach_the_steps(run, monkeypatch, capsys):
     assert capsys.readouterr().out.count('    client ') == 2
 
 def test_what_changes_the_run_may_not_change_when_it_is_resumed():
-    may = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose'}
+    may = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose', 'compile'}
     assert fedavg.FREE == may
 
 def test_resuming_under_other_options_names_them(run, refused, tmp_path, data):
@@ -589,14 +733,14 @@ def test_a_run_that_is_interrupted_and_killed_goes_on_where_it_was(data, tmp_pat
     def stop(process, sig, at):
         while rounds() < at and process.poll() is None: time.sleep(0.01)
         process.send_signal(sig)
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=100)
         return process.returncode, out, err
     code, out, err = stop(shell(words), signal.SIGINT, 2)
     assert code == 130 and 'interrupted' in out and f'checkpoint: {tmp_path}/c.pt' in out and 'Traceback' not in err
     code, _, _ = stop(shell(words + ' --resume'), signal.SIGKILL, rounds() + 2)
     assert code == -signal.SIGKILL and weights(tmp_path / 'c.pt')
     resumed = shell(words + ' --resume')
-    assert resumed.communicate()[0].count('resumed from') == 1 and resumed.returncode == 0
+    assert resumed.communicate(timeout=100)[0].count('resumed from') == 1 and resumed.returncode == 0
     assert [r['round'] for r in read_log(tmp_path / 'l.csv')[1]] == [str(t) for t in range(1, 13)]
     fedavg.main(words.replace('c.pt', 'full.pt').replace('--log', '--save_every 3 --log').split())
     assert same(weights(tmp_path / 'c.pt'), weights(tmp_path / 'full.pt'))
@@ -622,7 +766,7 @@ def test_plot_is_drawn(run, tmp_path):
     ('--seed -1', '--seed'), ('--seed ' + '9' * 5000, '--seed'), ('--lr 1e39', '--lr'), ('--iid True', '--iid'), ('--log /dev/null', 'not a file'), ('--gpu -2', '--gpu'), ('--iid 2', '--iid'), ('--alpha 0 --iid 0', '--alpha'), ('--alpha 1', '--iid 0'),
     ('--model resnet', 'paper_cnn'), ('--dataset imagenet', 'synthetic'), ('--num_channels 3', 'mnist has 1'), ('--num_classes 7', '10'),
     ('--log /no/such/folder/l.csv', '--log'), ('--checkpoint /', '--checkpoint'), ('--save_every 0', '--save_every'), ('--resume', '--checkpoint'),
-    ('--resume --checkpoint no_such_file', 'no_such_file'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])
+    ('--resume --checkpoint no_such_file', 'no_such_file'), ('--silo 1', 'torchrun'), ('--engine loop --compile 1', '--engine'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])
 def test_senseless_values_end_in_one_line_before_any_data_are_read(refused, monkeypatch, words, said):
     monkeypatch.setattr(fedavg, 'load', lambda *_: pytest.fail('data were read'))
     assert said in refused(words.split())
@@ -646,14 +790,14 @@ def test_every_flag_is_read_somewhere_and_in_the_readme():
     assert not [f for f in flags if f not in read] and not [f for f in flags if f'`--{f}' not in readme]
 
 def test_the_readmes_commands_run(tmp_path, run, monkeypatch):
-    commands = re.findall(r'(?<!torchrun )python fedavg\.py ?([^#`\n]*)', (HERE / 'README.md').read_text())
+    commands = re.findall(r'python fedavg\.py ?([^#`\n]*)', (HERE / 'README.md').read_text())
     assert len(commands) > 5
     monkeypatch.chdir(tmp_path)
     for words in commands:
         if 'synthetic' not in words: assert len(run(f'{words} --num_users 10 --epochs 1')) == 1
     first = shell('--dataset synthetic --epochs 2', cwd=tmp_path)
-    out, err = first.communicate()
-    assert first.returncode == 0 and err == '' and 'round    2/2' in out and '60000 training and 10000 test' in out
+    out, err = first.communicate(timeout=100)
+    assert first.returncode == 0 and err == '' and 'round    2/2' in out and '60000 training' in out
 
 def test_each_module_works_alone_in_an_empty_folder(tmp_path):
     processes = []
