@@ -22,6 +22,7 @@ import contextlib
 import copy
 import csv
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -131,14 +132,15 @@ class Stacked:
         self.names = [name for name, _ in net.named_parameters()]
         if args.compile:
             self.stack(net, size, args.lr)
-            self.step = torch.compile(self.step, mode='reduce-overhead' if args.device.type == 'cuda' else None)
+            mode = 'reduce-overhead' if args.device.type == 'cuda' else 'max-autotune-no-cudagraphs'
+            self.step = torch.compile(self.step, mode=mode)
 
     def compile(self, dataset, B):
         """Compiles the step for batches of B from dataset and says how long that took; exits with one line if it cannot be."""
-        began, (x, y) = time.perf_counter(), (v[:1].expand(self.size, B, *v.shape[1:]) for v in dataset.tensors)
+        began, index = time.perf_counter(), torch.zeros(self.size, B, dtype=torch.int64, device=self.args.device)
         torch._logging.set_logs(dynamo=logging.ERROR)
         try:
-            for _ in range(2): self.step(x, y, torch.zeros(y.shape, device=y.device))     # the second has the optimizer's state
+            for _ in range(2): self.step(*dataset.tensors, index, index.float())      # the second has the optimizer's state
         except Exception as e:      # whatever torch.compile and the C++ compiler raise
             fail(f'--compile 1: torch.compile does not work here ({str(e).strip().splitlines()[0]}); leave the flag out')
         print(f'--compile 1: compiled in {time.perf_counter() - began:.0f} s')
@@ -157,7 +159,7 @@ class Stacked:
             plans.append(batches(parts[k], shuffles(len(parts[k]), E), B))
         index, weight = (pad_sequence(v).to(self.args.device) for v in zip(*plans))             # (steps, m, B) each
         if self.args.compile: index, weight = (F.pad(v, (0, 0, 0, self.size - len(ks))) for v in (index, weight))
-        counts, total = (weight > 0).sum(2), torch.zeros(weight.shape[1], device=self.args.device)    # (steps, m), (m,)
+        total = torch.zeros(weight.shape[1], device=self.args.device)                           # (m,)
         self.stack(net, weight.shape[1], self.args.lr * self.args.lr_decay ** (t - 1))
         seed_torch(self.args.seed, 'dropout', t, ks[0])
         x, y = dataset.tensors
@@ -165,7 +167,7 @@ class Stacked:
         for s in range(done[0]):
             m = len(total) if self.args.compile else sum(d > s for d in done)
             if m < len(self.w[0]): self.narrow(m)
-            total[:m] += self.step(x[index[s, :m]], y[index[s, :m]], weight[s, :m]) * counts[s, :m]
+            total[:m] += self.step(x, y, index[s, :m], weight[s, :m])
             for i, k in enumerate(ks):
                 if done[i] == s + 1:
                     w_k = {name: v[i].detach().clone() for name, v in zip(self.names, self.w)}
@@ -192,15 +194,19 @@ class Stacked:
             if v in state: state[self.w[i]] = {name: u[:m] if u.shape == v.shape else u for name, u in state.pop(v).items()}
         group['params'] = self.w
 
-    def step(self, x, y, weight):
-        """One optimizer step of every client; the losses before it, (m,). x: (m, B, ...); y, weight: (m, B)."""
+    @torch.no_grad()
+    def step(self, x, y, index, weight):
+        """One optimizer step of every client on the examples at index, (m, B); the sum of each client's losses before it, (m,)."""
+        x, y = x[index], y[index]                                                               # (m, B, 1, 28, 28), (m, B)
         if self.args.compile: grads, losses = torch.func.grad(self.loss, has_aux=True)(self.w, x, y, weight)
         else:
-            total, losses = self.loss(self.w, x, y, weight)
+            with torch.enable_grad(): total, losses = self.loss(self.w, x, y, weight)
             grads = torch.autograd.grad(total, self.w)
         for v, g in zip(self.w, grads): v.grad = g
-        self.optimizer.step()
-        return losses.detach()
+        # Without the wrappers around it (hooks, profiling), which would cut the compiled step in pieces.
+        inspect.unwrap(type(self.optimizer).step)(self.optimizer)
+        for v in self.w: v.grad = None
+        return losses.detach() * (weight > 0).sum(1)
 
     def loss(self, w, x, y, weight):
         """The sum over clients of their losses, whose gradient is each client's own, and the losses, (m,)."""

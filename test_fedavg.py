@@ -324,7 +324,7 @@ def test_a_client_that_is_done_is_frozen_while_others_go_on():
 def test_a_stack_is_never_larger_than_its_size(monkeypatch):
     dataset, net = image_toy('2nn')
     sizes, step = [], fedavg.Stacked.step
-    monkeypatch.setattr(fedavg.Stacked, 'step', lambda self, x, y, w: (sizes.append(len(x)), step(self, x, y, w))[1])
+    monkeypatch.setattr(fedavg.Stacked, 'step', lambda self, x, y, i, w: (sizes.append(len(i)), step(self, x, y, i, w))[1])
     both(client_args(), net, dataset, sampling.partition(dataset.tensors[1], 10), size=4)
     assert sizes == [4, 4, 2]
 
