@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 import weakref
@@ -137,12 +138,14 @@ class Stacked:
 
     def compile(self, dataset, B):
         """Compiles the step for batches of B from dataset and says how long that took; exits with one line if it cannot be."""
-        began, index = time.perf_counter(), torch.zeros(self.size, B, dtype=torch.int64, device=self.args.device)
+        began, self.B = time.perf_counter(), B
+        index = torch.zeros(self.size, B, dtype=torch.int64, device=self.args.device)
         torch._logging.set_logs(dynamo=logging.ERROR)
         try:
             for _ in range(2): self.step(*dataset.tensors, index, index.float())      # the second has the optimizer's state
         except Exception as e:      # whatever torch.compile and the C++ compiler raise
-            fail(f'--compile 1: torch.compile does not work here ({str(e).strip().splitlines()[0]}); leave the flag out')
+            reason = str(getattr(e, 'inner_exception', e)).strip().splitlines()[0]
+            fail(f'--compile 1: torch.compile does not work here ({reason}); leave the flag out', everyone=True)
         print(f'--compile 1: compiled in {time.perf_counter() - began:.0f} s')
 
     def __call__(self, args, net, dataset, parts, S_t, t):
@@ -152,7 +155,7 @@ class Stacked:
 
     def train(self, net, dataset, parts, ks, t):
         """Yields (k, w_k, n_k, mean loss) for each k in ks, in descending order of their n_k."""
-        E, B = self.args.local_ep, min(self.args.local_bs, len(parts[ks[0]]))
+        E, B = self.args.local_ep, self.B if self.args.compile else min(self.args.local_bs, len(parts[ks[0]]))
         plans = []
         for k in ks:
             seed_torch(self.args.seed, 'train', t, k)
@@ -163,15 +166,15 @@ class Stacked:
         self.stack(net, weight.shape[1], self.args.lr * self.args.lr_decay ** (t - 1))
         seed_torch(self.args.seed, 'dropout', t, ks[0])
         x, y = dataset.tensors
-        done = [len(plan[0]) for plan in plans]                                                 # steps, descending
+        done, w = [len(plan[0]) for plan in plans], [None] * len(ks)                            # steps, descending
         for s in range(done[0]):
             m = len(total) if self.args.compile else sum(d > s for d in done)
             if m < len(self.w[0]): self.narrow(m)
             total[:m] += self.step(x, y, index[s, :m], weight[s, :m])
-            for i, k in enumerate(ks):
-                if done[i] == s + 1:
-                    w_k = {name: v[i].detach().clone() for name, v in zip(self.names, self.w)}
-                    yield k, w_k, len(parts[k]), float(total[i]) / (len(parts[k]) * E)
+            for i in range(len(ks)):
+                if done[i] == s + 1: w[i] = {name: v[i].detach().clone() for name, v in zip(self.names, self.w)}
+        for k, w_k, loss in zip(ks, w, total.tolist()):         # only here does the program wait for the device
+            yield k, w_k, len(parts[k]), loss / (len(parts[k]) * E)
 
     def stack(self, net, m, lr):
         """m copies of net's weights and a fresh optimizer: a new one, or, compiled, the one that was compiled, set back."""
@@ -228,14 +231,17 @@ def unstackable(net):
         if isinstance(module, torch.nn.modules.batchnorm._NormBase) or list(module.buffers(recurse=False)):
             return f'{name or type(net).__name__} keeps running statistics or other buffers'
 
-def engine(args, net, m):
-    """local_updates or a Stacked of at most m, as --engine says; auto takes what was measured to be faster (README, "Speed")."""
+def engine(args, net, m, B):
+    """local_updates or a Stacked for m clients of batches of B, as --engine says; auto takes what was measured to be faster
+    (README, "Speed")."""
     why, cpu = unstackable(net), args.device.type == 'cpu'
-    if why and (args.engine == 'stacked' or args.compile): fail(f'--engine {args.engine}: the net cannot train stacked, {why}; take --engine loop')
-    if args.engine == 'loop' or why or (args.engine == 'auto' and cpu and args.model == 'paper_cnn' and not args.compile): return local_updates
-    # On a CPU as many as fit its caches; on a GPU as many as 2 GiB hold, at 16 bytes a weight and as much for activations.
-    size = (5 if args.compile else 10) if cpu else max(1, 2**31 // (32 * sum(p.numel() for p in net.parameters())))
-    return Stacked(args, net, min(size, m))
+    if why and (args.engine == 'stacked' or args.compile):
+        fail(f'--engine {args.engine}, --compile {args.compile}: the net cannot train stacked, {why}; take --engine loop and no --compile')
+    slower = args.model == 'paper_cnn' or (args.model == 'cnn' and args.local_bs > 20)       # grouped convolutions, on a CPU
+    if args.engine == 'loop' or why or (args.engine == 'auto' and cpu and slower and not args.compile): return local_updates
+    # On a CPU as many as fit its caches; on a GPU as many as 2 GiB hold, at 16 bytes a weight and 1 MiB an example. Even stacks.
+    size = (5 if args.compile else 10) if cpu else max(1, 2**31 // (16 * sum(p.numel() for p in net.parameters()) + B * 2**20))
+    return Stacked(args, net, math.ceil(m / math.ceil(m / size)))
 
 #############################################
 #            Server: uplink, average        #
@@ -264,7 +270,7 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
 
     w: an iterable of state_dicts with their n_k in n (without n the plain mean), or one of pairs (state_dict, n_k); taken
     one by one, so that a few models are in memory at a time. Floating point tensors, buffers too, are averaged (summed in
-    float64); others are the first's. The result shares no memory with what went in; None if nothing did, or n_k of 0 only.
+    float64); others are the first's (of this process). The result shares no memory with what went in; None if nothing did, or n_k of 0 only.
     all_sum: adds a list of tensors up over all processes, in place; each of them then has the mean over the clients of all.
     Raises ValueError if state_dicts differ in their keys or shapes, or if n is of another length.
     """
@@ -276,7 +282,7 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
             total = {name: torch.zeros_like(v, dtype=torch.float64) for name, v in first.items() if v.is_floating_point()}
         if w_k.keys() != first.keys() or any(w_k[name].shape != v.shape for name, v in first.items()):
             raise ValueError('the state_dicts to be averaged differ in their keys or shapes')
-        for name, v in total.items(): v += n_k * w_k[name].double()
+        for name, v in total.items(): v.add_(w_k[name], alpha=n_k)
         m_t += n_k
     if first is None: return None
     m_t = torch.tensor(float(m_t), dtype=torch.float64, device=next(iter(first.values())).device)
@@ -293,10 +299,10 @@ def evaluate(net, x, y, bs, all_sum=lambda tensors: None):
     """
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=x.device)     # of losses, right answers, examples
+    sums = torch.tensor([0, 0, len(x)], dtype=torch.float64, device=x.device)       # of losses, right answers, examples
     for xb, yb in zip(x.split(min(bs, len(x)) or 1), y.split(min(bs, len(x)) or 1)):
         logits = net(xb)
-        sums += torch.stack([F.cross_entropy(logits, yb, reduction='sum'), (logits.argmax(1) == yb).sum(), logits.new_tensor(len(yb))])
+        sums[:2] += torch.stack([F.cross_entropy(logits, yb, reduction='sum'), (logits.argmax(1) == yb).sum()])
     for module, mode in modes: module.training = mode
     all_sum([sums])
     loss, right, n = sums.tolist()
@@ -318,13 +324,16 @@ def processes(device):
     # Machines count their restarts apart, so this mends it on one machine only; see README for several.
     if os.environ.get('GROUP_WORLD_SIZE') == '1': store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=size)
+    GROUP['gloo'] = dist.new_group(backend='gloo')
     return rank, size
+
+GROUP = {}      # for meeting: only gloo can say who does not come
 
 def all_sum(tensors):
     """Adds each tensor up over all processes, in place. A process alone has nothing to add."""
     if not dist.is_initialized(): return
     with others():
-        if dist.get_backend() == 'gloo': dist.monitored_barrier()       # it names a process that does not come
+        dist.monitored_barrier(GROUP['gloo'])
         for v in tensors: dist.all_reduce(v)
 
 @contextlib.contextmanager
@@ -333,6 +342,7 @@ def others():
     try: yield
     except RuntimeError as e:
         print(f'process {dist.get_rank()}: another process has gone: {str(e).splitlines()[0]}', file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(1)     # at once: an orderly exit would wait for the one that has gone
 
 def all_summed(numbers, device):
@@ -363,7 +373,7 @@ def shares(S_t, n_k, size):
 
 COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'up_bytes', 'down_bytes', 'epsilon', 'seconds')
 # What may differ between a run and its resumption: nothing that the weights of a round depend on.
-FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose', 'compile'}
+FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose'}
 
 def rounds_to(target, accuracies):
     """Rounds to the target accuracy by the paper's protocol, or None (Section 3): the curve made monotone (best so far),
@@ -452,8 +462,13 @@ def device_of(gpu):
         return torch.device('cpu')
     wanted, there = gpu + int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if wanted >= there:
-        fail(f'--gpu {gpu}: this machine has {there} GPU{"s"[:there != 1]}; take 0 to {there - 1}, a process each, or -1 for the CPU')
+        fail(f'--gpu {gpu}: this machine has {there} GPU{"s"[:there != 1]}; take 0 to {there - 1}, a process each, or -1 for the CPU', everyone=True)
     return torch.device('cuda', wanted)
+
+def agree(options, first):
+    """Exits with one line if this silo was started under other options than the first, in what the weights depend on."""
+    other = [name for name, v in options.items() if name not in FREE - {'epochs', 'target'} and v != first[name]]
+    if other: fail('--silo 1: the first silo has ' + ', '.join(f'--{name} {first[name]}' for name in other) + '; give the same', everyone=True)
 
 def holdings(args, rank, size):
     """(train, test, {k: indices}): what the simulation holds, or with --silo this process's own data, it being client `rank`.
@@ -461,11 +476,14 @@ def holdings(args, rank, size):
     Test examples are shared out among the processes; with --silo rank 0 has all of its own. Exits with one line if the data
     cannot be read or shared.
     """
+    first = os.environ.get('LOCAL_RANK', '0') == '0'
+    if not first: all_sum([])       # waits: the first process of a machine may have to download what the others then find
     folder, seed = (args.data_dir.replace('{rank}', str(rank)), args.seed + rank) if args.silo else (args.data_dir, args.seed)
     try:
         train, test = load(args.dataset, folder, seed)
         if not args.silo: parts = partition(train.tensors[1], args.num_users, args.iid, args.alpha, args.unequal, args.seed)
-    except (OSError, ValueError) as e: fail(e, everyone=args.silo)
+    except (OSError, ValueError) as e: fail(e, everyone=True)
+    if first: all_sum([])
     if args.silo: parts = {rank: np.arange(len(train))}
     mine = slice(0, len(test) if rank == 0 else 0) if args.silo else slice(rank, None, size)
     train, test = ([v.to(args.device) for v in data.tensors] for data in (train, test))
@@ -479,6 +497,7 @@ def main(argv=None):
     if args.plot and not importlib.util.find_spec('matplotlib'):
         fail(f'--plot {args.plot}: needs matplotlib, which is not installed; pip install matplotlib, or leave --plot out')
     rank, size = processes(args.device)
+    if args.silo: agree(options, from_rank_0(options))
     if rank: sys.stdout, args.log, args.checkpoint, args.plot = open(os.devnull, 'w'), None, None, None     # rank 0's alone
     saved = args.checkpoint and args.resume and os.path.exists(args.checkpoint)
     was, w, history = from_rank_0(restore(args.checkpoint, options) if saved else ({}, None, []))
@@ -493,10 +512,11 @@ def main(argv=None):
     if args.device.type == 'cpu': net = net.to(memory_format=torch.channels_last)       # no change but for convolutions
     if w: net.load_state_dict(w)
     w = copy.deepcopy(net.state_dict())
-    clients = engine(args, net, m=math.ceil(max(round(args.frac * K), 1) / size))
+    B = min(args.local_bs, max(map(len, parts.values())))
+    clients = engine(args, net, math.ceil(max(round(args.frac * K), 1) / size), B)
     print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
           f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
-    if args.compile: clients.compile(train, min(args.local_bs, int(n_k.max())))
+    if args.compile: clients.compile(train, B)
     if was: print(f'resumed from {args.checkpoint} after round {len(history)}; --epochs is {args.epochs}')
     else: set_aside(args.checkpoint)
     if was.get('log') != args.log: set_aside(args.log)
@@ -536,6 +556,7 @@ def main(argv=None):
                   + (f'{row["rejected"]} left out   ' if row['rejected'] else '') + f'{row["seconds"]:.2f} s   '
                   f'{row["seconds"] * (args.epochs - t):.0f} s left', flush=True)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)        # torchrun sends a second one, which would cut the saving short
         print(f'\ninterrupted after round {len(history)}')
         code = 130
     if args.checkpoint:
@@ -543,6 +564,7 @@ def main(argv=None):
         print(f'checkpoint: {args.checkpoint}, after round {len(history)}')
     if history: summary(args, history)
     if history and args.plot: plot(args.plot, history)
+    if code != 130: all_sum([])         # torchrun would end rank 0 at its saving if another left with an error before
     if dist.is_initialized(): dist.destroy_process_group()
     if code: sys.exit(code)
     return history

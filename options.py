@@ -120,6 +120,7 @@ def check(args):
     if args.resume and not args.checkpoint: fail('--resume 1: nothing to go on from; name the file with --checkpoint')
     if args.silo and 'TORCHELASTIC_RUN_ID' not in os.environ:
         fail('--silo 1: every process is a client; start them with torchrun --nproc_per_node=K fedavg.py --silo 1 ...')
+    if args.silo and (not args.iid or args.unequal): fail('--silo 1: a silo holds the files it has; leave out --iid 0, --alpha and --unequal')
     # torchrun starts the same command line the first time and after a failure; by hand, a missing file is a typing error.
     if args.resume and not os.path.isfile(args.checkpoint) and 'TORCHELASTIC_RUN_ID' not in os.environ:
         fail(f'--resume 1: there is no file {args.checkpoint}; leave --resume out for a first run')
