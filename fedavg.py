@@ -324,10 +324,10 @@ def processes(device):
     # Machines count their restarts apart, so this mends it on one machine only; see README for several.
     if os.environ.get('GROUP_WORLD_SIZE') == '1': store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=size)
-    GROUP['gloo'] = dist.new_group(backend='gloo')
+    GROUP['gloo'], GROUP['store'] = dist.new_group(backend='gloo'), store
     return rank, size
 
-GROUP = {}      # for meeting: only gloo can say who does not come
+GROUP = {}      # to find out who does not come: gloo's processes and their store
 
 def all_sum(tensors):
     """Adds each tensor up over all processes, in place. A process alone has nothing to add."""
@@ -336,12 +336,23 @@ def all_sum(tensors):
         dist.monitored_barrier(GROUP['gloo'])
         for v in tensors: dist.all_reduce(v)
 
+def gone(error):
+    """Who has gone, as a line: what the barrier says, or, if a sum broke off, where all are at once, who does not report now."""
+    line = str(error).splitlines()[0]
+    if 'Rank ' in line: return line
+    try:
+        GROUP['store'].set(f'alive {dist.get_rank()}', '')
+        time.sleep(3)
+        missing = [rank for rank in range(dist.get_world_size()) if not GROUP['store'].check([f'alive {rank}'])]
+    except RuntimeError: missing = [0]      # with whom the store was
+    return f'rank {", ".join(map(str, missing))} ({line})'
+
 @contextlib.contextmanager
 def others():
     """What is done together with other processes: one that has died ends this one too, with a line that names it."""
     try: yield
     except RuntimeError as e:
-        print(f'process {dist.get_rank()}: another process has gone: {str(e).splitlines()[0]}', file=sys.stderr, flush=True)
+        print(f'process {dist.get_rank()}: another process has gone: {gone(e)}', file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)     # at once: an orderly exit would wait for the one that has gone
 
