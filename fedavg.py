@@ -68,7 +68,7 @@ class LocalUpdate:
         The optimizer is a new one each time. Shuffles and dropout are drawn from torch's own generators.
         """
         net = copy.deepcopy(net).to(self.args.device).train()
-        step = optimizer(self.args, net.parameters(), self.args.lr if lr is None else lr, fused=True)
+        step = optimizer(self.args, net.parameters(), self.args.lr if lr is None else lr)
         n_k, B = len(self.y), min(self.args.local_bs, len(self.y))
         total = torch.zeros((), device=self.x.device)
         for shuffle in shuffles(n_k, self.args.local_ep).to(self.x.device):
@@ -84,10 +84,10 @@ def shuffles(n_k, E):
     """The orders in which a client goes through its n_k examples, (E, n_k), drawn from torch's generator before all else."""
     return torch.stack([torch.randperm(n_k) for _ in range(E)])
 
-def optimizer(args, parameters, lr, **more):
-    """The local optimizer that args.optimizer names: SGD with args.momentum, the paper's without, or AdamW."""
-    if getattr(args, 'optimizer', 'sgd') == 'adamw': return torch.optim.AdamW(parameters, lr=lr, **more)
-    return torch.optim.SGD(parameters, lr=lr, momentum=args.momentum, **more)
+def optimizer(args, parameters, lr):
+    """The local optimizer that args.optimizer names: SGD, the paper's if args.momentum is 0, or AdamW."""
+    if getattr(args, 'optimizer', 'sgd') == 'adamw': return torch.optim.AdamW(parameters, lr=lr)
+    return torch.optim.SGD(parameters, lr=lr, momentum=args.momentum)
 
 MADE = weakref.WeakKeyDictionary()      # {data set: {(indices, device): tensors}}
 
@@ -466,20 +466,23 @@ def summary(args, history):
 #############################################
 
 def device_of(gpu):
-    """CUDA device `gpu`, and under torchrun that many after it, where CUDA is present; the CPU for -1, and, said, without CUDA."""
+    """CUDA device `gpu`, under torchrun the LOCAL_RANK-th from it; the CPU for -1 and, which is said, where there is no CUDA."""
     if gpu < 0: return torch.device('cpu')
     if not torch.cuda.is_available():
         if os.environ.get('RANK', '0') == '0': print(f'--gpu {gpu}: no CUDA here, so this runs on the CPU')
         return torch.device('cpu')
     wanted, there = gpu + int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if wanted >= there:
-        fail(f'--gpu {gpu}: this machine has {there} GPU{"s"[:there != 1]}; take 0 to {there - 1}, a process each, or -1 for the CPU', everyone=True)
+        fail(f'--gpu {gpu}: this machine has {there} GPU{"s"[:there != 1]}; take 0 to {there - 1}, a process each, or -1 for the CPU',
+             everyone=True)
     return torch.device('cuda', wanted)
 
 def agree(options, first):
     """Exits with one line if this silo was started under other options than the first, in what the weights depend on."""
     other = [name for name, v in options.items() if name not in FREE - {'epochs', 'target'} and v != first[name]]
-    if other: fail('--silo 1: the first silo has ' + ', '.join(f'--{name} {first[name]}' for name in other) + '; give the same', everyone=True)
+    if other:
+        fail('--silo 1: the first silo has ' + ', '.join(f'--{name} {first[name]}' for name in other) + '; give the same',
+             everyone=True)
 
 def holdings(args, rank, size):
     """(train, test, {k: indices}): what the simulation holds, or with --silo this process's own data, it being client `rank`.

@@ -63,7 +63,8 @@ def args_parser(argv=None):
     parser = Parser(prog='fedavg.py', description='Federated averaging: Algorithm 1 of McMahan et al. 2017.', allow_abbrev=False)
 
     def add(name, default, kind, text, **more):
-        parser.add_argument(f'--{name}', default=default, type=kind, help=text if default is None else f'{text} (default {default})', **more)
+        text = text if default is None else f'{text} (default {default})'
+        parser.add_argument(f'--{name}', default=default, type=kind, help=text, **more)
     def switch(name, default, text):
         add(name, default, number(int, 0, 1), text, nargs='?', const=1)
 
@@ -81,14 +82,16 @@ def args_parser(argv=None):
     add('model', '2nn', str, "2nn and paper_cnn are the paper's nets; mlp and cnn those of the layout this project mirrors",
         choices=('2nn', 'paper_cnn', 'mlp', 'cnn'))
     add('dataset', 'mnist', str, 'synthetic is drawn by the program itself and needs no download', choices=tuple(DATASETS))
-    add('data_dir', './data', str, "torchvision's root folder; files missing there are downloaded; with --silo 1, {rank} in it is the process's number")
+    add('data_dir', './data', str, "torchvision's root folder; files missing there are downloaded; with --silo 1, {rank} in it is "
+        "the process's number")
     add('num_channels', None, number(int, 1), "the images' channels; known from the data")
     add('num_classes', None, number(int, 1), "the labels' classes; known from the data")
     switch('iid', 1, '1: shuffled; 0: sorted by label, two shards per client')
     add('alpha', None, number(float, 0, above=True), 'with --iid 0: a Dirichlet(alpha) split over the labels instead of shards')
     switch('unequal', 0, "1: the clients' sizes n_k differ by a log-normal factor")
 
-    add('engine', 'auto', str, 'loop: one client after the other; stacked: all of S_t at once; auto: the faster one', choices=('auto', 'loop', 'stacked'))
+    add('engine', 'auto', str, 'loop: one client after the other; stacked: all of S_t at once; auto: the faster one',
+        choices=('auto', 'loop', 'stacked'))
     switch('compile', 0, '1: torch.compile the stacked step; takes from seconds to a minute at the start')
     switch('silo', 0, '1: every process that torchrun starts is one client with its own --data_dir; K is their number')
     add('gpu', 0, number(int, -1), 'CUDA device, used when CUDA is present; -1 is the CPU')
@@ -120,7 +123,8 @@ def check(args):
     if args.resume and not args.checkpoint: fail('--resume 1: nothing to go on from; name the file with --checkpoint')
     if args.silo and 'TORCHELASTIC_RUN_ID' not in os.environ:
         fail('--silo 1: every process is a client; start them with torchrun --nproc_per_node=K fedavg.py --silo 1 ...')
-    if args.silo and (not args.iid or args.unequal): fail('--silo 1: a silo holds the files it has; leave out --iid 0, --alpha and --unequal')
+    if args.silo and (not args.iid or args.unequal):
+        fail('--silo 1: a silo holds the files it has; leave out --iid 0, --alpha and --unequal')
     # torchrun starts the same command line the first time and after a failure; by hand, a missing file is a typing error.
     if args.resume and not os.path.isfile(args.checkpoint) and 'TORCHELASTIC_RUN_ID' not in os.environ:
         fail(f'--resume 1: there is no file {args.checkpoint}; leave --resume out for a first run')

@@ -49,8 +49,9 @@ def load(name, data_dir, seed=0):
         sets = [KINDS[name](data_dir, train=train, download=True) for train in (True, False)]
     except Exception as e:      # torchvision raises anything from URLError to RuntimeError here
         reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-        raise OSError(f'{os.path.abspath(data_dir)} lacks {", ".join(os.path.relpath(p, data_dir) for p in missing) or "readable files"}, and '
-                      f'the download failed ({reason}); name the folder that holds {name} with --data_dir, or take --dataset synthetic') from e
+        lacks = ', '.join(os.path.relpath(path, data_dir) for path in missing) or 'readable files'
+        raise OSError(f'{os.path.abspath(data_dir)} lacks {lacks}, and the download failed ({reason}); name the folder that holds '
+                      f'{name} with --data_dir, or take --dataset synthetic') from e
     return tuple(standardised(name, data_dir, s) for s in sets)
 
 def files(name, data_dir):

@@ -3,14 +3,16 @@
     python results/speed.py --data_dir DIR --peers DIR [--peer_python pfl=/venv/bin/python] [--model 2nn] [--repeats 3]
 
 The workload is the peers': MNIST, K = 100 IID clients of 600, m = 10, E = 5, B = 10, SGD with lr 0.01. --peers holds scripts
-called as `python NAME.py NET ROUNDS` that print "... S s/round ..."; as theirs, our seconds are without start-up, without the
-first round and without evaluation. The share of a round that is neither local training nor that start is printed too.
+called as `python NAME_peer.py NET ROUNDS` (eager and loader: NAME.py) that print "... S s/round ..."; as theirs, our seconds are
+without start-up, without the first round and without evaluation. Printed too: the round with evaluation, the share of it
+that is not local training (evaluation, waiting for the other process, selection, averaging), and rank 0's peak memory.
 """
 import argparse
 import csv
 import os
 import pathlib
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -45,9 +47,9 @@ def inner(words):
     history = fedavg.main(words)
     median = statistics.median
     rounds = [row['seconds'] for row in history[1:]]
-    import resource
-    print(f'OURS {median(s - e for s, e in zip(rounds, spent["eval"][1:])):.4f} s/round; with evaluation {median(rounds):.4f}, outside local training '
-          f'{100 * median(1 - x / s for s, x in zip(rounds, spent["train"][1:])):.1f} %, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB')
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f'OURS {median(s - e for s, e in zip(rounds, spent["eval"][1:])):.4f} s/round; with evaluation {median(rounds):.4f}, outside '
+          f'local training {100 * median(1 - x / s for s, x in zip(rounds, spent["train"][1:])):.1f} %, peak {peak:.0f} MB')
 
 def seconds(command, env):
     """Runs a command and returns (its s/round, the line that says so)."""
@@ -67,12 +69,16 @@ def main():
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--rounds', type=int, default=4)
     args = parser.parse_args()
-    pythons, env, me = dict(p.split('=') for p in args.peer_python), dict(os.environ, MNIST_DIR=os.path.abspath(args.data_dir)), str(pathlib.Path(__file__).resolve())
+    pythons = dict(p.split('=') for p in args.peer_python)
+    env, me = dict(os.environ, MNIST_DIR=os.path.abspath(args.data_dir)), str(pathlib.Path(__file__).resolve())
     for model in args.model:
         words = f'--inner --data_dir {args.data_dir} --model {model} --local_ep 5 --lr 0.01 --gpu -1 --epochs {args.rounds + 1}'.split()
         runs = {'default': [sys.executable, me, *words],
-                'torchrun': [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--', me, *words, *BEST[model].split()]}
-        for peer in args.peer: runs[peer] = [pythons.get(peer, sys.executable), f'{args.peers}/{peer}.py' if peer == 'eager' else f'{args.peers}/{peer}_peer.py', PEER_NET[model], str(args.rounds)]
+                'torchrun': [sys.executable, *'-m torch.distributed.run --standalone --nproc_per_node=2 --'.split(), me, *words,
+                             *BEST[model].split()]}
+        for peer in args.peer:
+            script = f'{args.peers}/{peer}{"" if peer in ("eager", "loader") else "_peer"}.py'
+            runs[peer] = [pythons.get(peer, sys.executable), script, PEER_NET[model], str(args.rounds)]
         took = {name: [] for name in runs}
         for _ in range(args.repeats):
             for name, command in runs.items():
@@ -82,7 +88,8 @@ def main():
         for peer in args.peer:
             for name in ('default', 'torchrun'):
                 ratios = [a / b for a, b in zip(took[peer], took[name])]
-                print(f'{model:10s} {name:10s} {statistics.median(ratios):.2f} times as fast as {peer} (from {min(ratios):.2f} to {max(ratios):.2f})', flush=True)
+                print(f'{model:10s} {name:10s} {statistics.median(ratios):.2f} times as fast as {peer} '
+                      f'(from {min(ratios):.2f} to {max(ratios):.2f})', flush=True)
 
 if __name__ == '__main__':
     main()
