@@ -408,9 +408,9 @@ def test_a_killed_process_is_restarted_and_the_run_ends_as_if_undisturbed(data, 
     os.kill(pid_of_rank(0, str(tmp_path)), signal.SIGKILL)
     out, err = killed.communicate(timeout=100)
     assert killed.returncode == 0 and out.count('resumed from') == 1, err
-    undisturbed = torchrun(words.replace('c.pt', 'full.pt').replace('l.csv', 'full.csv'), data)
-    undisturbed.communicate(timeout=100)
-    assert same(weights(tmp_path / 'c.pt'), weights(tmp_path / 'full.pt'))
+    run(f'{words} --frac 0.8'.replace('c.pt', 'full.pt').replace('l.csv', 'full.csv').replace('--resume', ''))
+    a, b = weights(tmp_path / 'c.pt'), weights(tmp_path / 'full.pt')
+    assert all((a[name] - b[name]).norm() <= 1e-5 * a[name].norm() for name in a)
     assert [r['round'] for r in read_log(tmp_path / 'l.csv')[1]] == [str(t) for t in range(1, 17)]
 
 def test_silos_train_on_their_own_files(tmp_path, capsys):
