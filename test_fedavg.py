@@ -329,6 +329,9 @@ def test_a_stack_is_never_larger_than_its_size(monkeypatch):
     monkeypatch.setattr(fedavg.Stacked, 'step', lambda self, x, y, i, w: (sizes.append(len(i)), step(self, x, y, i, w))[1])
     both(client_args(), net, dataset, sampling.partition(dataset.tensors[1], 10), size=4)
     assert sizes == [4, 4, 2]
+    sizes.clear()       # clients that are done leave: 3, 2 and 1 batches of 10
+    both(client_args(), net, dataset, {0: np.arange(10), 1: np.arange(30), 2: np.arange(20)}, size=4)
+    assert sizes == [3, 2, 1]
 
 def test_stacked_clients_have_dropout_of_their_own(monkeypatch):
     dataset, net = image_toy('mlp', 30)
@@ -429,6 +432,7 @@ def test_silos_train_on_their_own_files(tmp_path, capsys):
     assert all((expected[name] - got[name]).norm() <= 1e-5 * got[name].norm() for name in got)
 
 def test_a_silo_that_dies_is_named(tmp_path):
+    assert fedavg.gone(RuntimeError('Rank 1 failed to pass\nand more')) == 'Rank 1 failed to pass'
     for rank in range(2): write_mnist(tmp_path / f'silo{rank}', train=60, test=20)
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
