@@ -125,28 +125,11 @@ class Stacked:
     """local_updates' equal: up to `size` clients train side by side, their weights stacked to (m, ...) under torch.func.vmap.
 
     Every client has the loop's batches. Those with the most steps come first in a stack, so the ones still at work are its
-    first few; a client that is done is copied out and leaves it, with its optimizer state. Compiled, a stack keeps its size
-    (another one would be compiled anew) and those that are done are copied out and ignored.
+    first few; a client that is done is copied out and leaves it, with its optimizer state.
     """
     def __init__(self, args, net, size):
         self.args, self.net, self.size = args, copy.deepcopy(net).train(), size
         self.names = [name for name, _ in net.named_parameters()]
-        if args.compile:
-            self.stack(net, size, args.lr)
-            mode = 'reduce-overhead' if args.device.type == 'cuda' else 'max-autotune-no-cudagraphs'
-            self.step = torch.compile(self.step, mode=mode)
-
-    def compile(self, dataset, B):
-        """Compiles the step for batches of B from dataset and says how long that took; exits with one line if it cannot be."""
-        began, self.B = time.perf_counter(), B
-        index = torch.zeros(self.size, B, dtype=torch.int64, device=self.args.device)
-        torch._logging.set_logs(dynamo=logging.ERROR)
-        try:
-            for _ in range(2): self.step(*dataset.tensors, index, index.float())      # the second has the optimizer's state
-        except Exception as e:      # whatever torch.compile and the C++ compiler raise
-            reason = str(getattr(e, 'inner_exception', e)).strip().splitlines()[0]
-            fail(f'--compile 1: torch.compile does not work here ({reason}); leave the flag out', everyone=True)
-        print(f'--compile 1: compiled in {time.perf_counter() - began:.0f} s')
 
     def __call__(self, args, net, dataset, parts, S_t, t):
         """Yields (k, w_k, n_k, mean loss) for each k in S_t, those with the most examples first."""
@@ -155,42 +138,42 @@ class Stacked:
 
     def train(self, net, dataset, parts, ks, t):
         """Yields (k, w_k, n_k, mean loss) for each k in ks, in descending order of their n_k."""
-        E, B = self.args.local_ep, self.B if self.args.compile else min(self.args.local_bs, len(parts[ks[0]]))
+        E, B = self.args.local_ep, self.batch(len(parts[ks[0]]))
         plans = []
         for k in ks:
             seed_torch(self.args.seed, 'train', t, k)
             plans.append(batches(parts[k], shuffles(len(parts[k]), E), B))
-        index, weight = (pad_sequence(v).to(self.args.device) for v in zip(*plans))             # (steps, m, B) each
-        if self.args.compile: index, weight = (F.pad(v, (0, 0, 0, self.size - len(ks))) for v in (index, weight))
-        total = torch.zeros(weight.shape[1], device=self.args.device)                           # (m,)
-        self.stack(net, weight.shape[1], self.args.lr * self.args.lr_decay ** (t - 1))
+        index, weight = (self.pad(pad_sequence(v)).to(self.args.device) for v in zip(*plans))   # (steps, m, B) each
+        total = torch.zeros(index.shape[1], device=self.args.device)                            # (m,)
+        self.stack(net, index.shape[1], self.args.lr * self.args.lr_decay ** (t - 1))
         seed_torch(self.args.seed, 'dropout', t, ks[0])
         x, y = dataset.tensors
         done, w = [len(plan[0]) for plan in plans], [None] * len(ks)                            # steps, descending
         for s in range(done[0]):
-            m = len(total) if self.args.compile else sum(d > s for d in done)
-            if m < len(self.w[0]): self.narrow(m)
+            self.narrow(sum(d > s for d in done))
+            m = len(self.w[0])
             total[:m] += self.step(x, y, index[s, :m], weight[s, :m])
             for i in range(len(ks)):
                 if done[i] == s + 1: w[i] = {name: v[i].detach().clone() for name, v in zip(self.names, self.w)}
         for k, w_k, loss in zip(ks, w, total.tolist()):         # only here does the program wait for the device
             yield k, w_k, len(parts[k]), loss / (len(parts[k]) * E)
 
+    def batch(self, n):
+        """The batch size of a stack whose largest client has n examples."""
+        return min(self.args.local_bs, n)
+
+    def pad(self, plans):
+        """The stack's plans, (steps, m, B), for as many clients as its weights are for."""
+        return plans
+
     def stack(self, net, m, lr):
-        """m copies of net's weights and a fresh optimizer: a new one, or, compiled, the one that was compiled, set back."""
-        if not self.args.compile or not hasattr(self, 'w'):
-            self.w = [p.detach().expand(m, *p.shape).clone(memory_format=torch.contiguous_format) for p in net.parameters()]
-            for v in self.w: v.requires_grad_(not self.args.compile)
-            self.optimizer = optimizer(self.args, self.w, torch.tensor(lr, device=self.args.device) if self.args.compile else lr)
-            return
-        for v, p in zip(self.w, net.parameters()): v.copy_(p.detach())
-        for state in self.optimizer.state.values():
-            for v in state.values():
-                if isinstance(v, torch.Tensor): v.zero_()
-        self.optimizer.param_groups[0]['lr'].fill_(lr)
+        """m copies of net's weights and a fresh optimizer for them."""
+        self.w = [p.detach().expand(m, *p.shape).clone(memory_format=torch.contiguous_format).requires_grad_() for p in net.parameters()]
+        self.optimizer = optimizer(self.args, self.w, lr)
 
     def narrow(self, m):
         """Keeps the first m of the stack, and their optimizer state."""
+        if m == len(self.w[0]): return
         state, group = self.optimizer.state, self.optimizer.param_groups[0]
         for i, v in enumerate(self.w):
             self.w[i] = v.detach()[:m].requires_grad_()
@@ -200,16 +183,17 @@ class Stacked:
     @torch.no_grad()
     def step(self, x, y, index, weight):
         """One optimizer step of every client on the examples at index, (m, B); the sum of each client's losses before it, (m,)."""
-        x, y = x[index], y[index]                                                               # (m, B, 1, 28, 28), (m, B)
-        if self.args.compile: grads, losses = torch.func.grad(self.loss, has_aux=True)(self.w, x, y, weight)
-        else:
-            with torch.enable_grad(): total, losses = self.loss(self.w, x, y, weight)
-            grads = torch.autograd.grad(total, self.w)
+        grads, losses = self.gradients(x[index], y[index], weight)                              # (m, B, 1, 28, 28), (m, B)
         for v, g in zip(self.w, grads): v.grad = g
         # Without the wrappers around it (hooks, profiling), which would cut the compiled step in pieces.
         inspect.unwrap(type(self.optimizer).step)(self.optimizer)
         for v in self.w: v.grad = None
         return losses.detach() * (weight > 0).sum(1)
+
+    def gradients(self, x, y, weight):
+        """Each client's gradient of its own loss, (m, ...) for every weight, and the losses, (m,)."""
+        with torch.enable_grad(): total, losses = self.loss(self.w, x, y, weight)
+        return torch.autograd.grad(total, self.w), losses
 
     def loss(self, w, x, y, weight):
         """The sum over clients of their losses, whose gradient is each client's own, and the losses, (m,)."""
@@ -217,6 +201,47 @@ class Stacked:
         logits = vmap(forward, randomness='different')(list(w), x)                              # (m, B, classes)
         losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction='none').view(y.shape) * weight
         return losses.sum(), losses.sum(1)
+
+class Compiled(Stacked):
+    """Stacked with its step under torch.compile. Another shape would be compiled anew, so every stack has the same size and B;
+    its weights and optimizer are set back, not made anew, and clients that are done are copied out and ignored."""
+    def __init__(self, args, net, size, B):
+        super().__init__(args, net, size)
+        super().stack(net, size, torch.tensor(args.lr, device=args.device))
+        self.B = B
+        for v in self.w:
+            v.requires_grad_(False)
+            torch._dynamo.mark_static_address(v)        # or a CUDA graph would not be made of a step that changes them in place
+        mode = 'reduce-overhead' if args.device.type == 'cuda' else 'max-autotune-no-cudagraphs'
+        self.step = torch.compile(self.step, mode=mode)
+
+    def compile(self, dataset):
+        """Compiles the step and says how long that took; exits with one line if it cannot be."""
+        began = time.perf_counter()
+        index = torch.zeros(self.size, self.B, dtype=torch.int64, device=self.args.device)
+        torch._logging.set_logs(dynamo=logging.ERROR)
+        try:
+            for _ in range(2): self.step(*dataset.tensors, index, index.float())      # the second has the optimizer's state
+        except Exception as e:      # whatever torch.compile and the C++ compiler raise
+            reason = str(getattr(e, 'inner_exception', e)).strip().splitlines()[0]
+            fail(f'--compile 1: torch.compile does not work here ({reason}); leave the flag out', everyone=True)
+        print(f'--compile 1: compiled in {time.perf_counter() - began:.0f} s')
+
+    def batch(self, n): return self.B
+
+    def pad(self, plans): return F.pad(plans, (0, 0, 0, self.size - plans.shape[1]))
+
+    def narrow(self, m): pass
+
+    def stack(self, net, m, lr):
+        for v, p in zip(self.w, net.parameters()): v.copy_(p.detach())
+        for state in self.optimizer.state.values():
+            for v in state.values():
+                if isinstance(v, torch.Tensor): v.zero_()
+        self.optimizer.param_groups[0]['lr'].fill_(lr)
+
+    def gradients(self, x, y, weight):
+        return torch.func.grad(self.loss, has_aux=True)(self.w, x, y, weight)       # torch.compile takes no autograd.grad
 
 def batches(idxs, order, B):
     """A client's batches as indices, (steps, B), and weights, (steps, B): 1/b for each of a batch's b examples, 0 for padding."""
@@ -241,7 +266,8 @@ def engine(args, net, m, B):
     if args.engine == 'loop' or why or (args.engine == 'auto' and cpu and slower and not args.compile): return local_updates
     # On a CPU as many as fit its caches; on a GPU as many as 2 GiB hold, at 16 bytes a weight and 1 MiB an example. Even stacks.
     size = (5 if args.compile else 10) if cpu else max(1, 2**31 // (16 * sum(p.numel() for p in net.parameters()) + B * 2**20))
-    return Stacked(args, net, math.ceil(m / math.ceil(m / size)))
+    size = math.ceil(m / math.ceil(m / size))
+    return Compiled(args, net, size, B) if args.compile else Stacked(args, net, size)
 
 #############################################
 #            Server: uplink, average        #
@@ -530,7 +556,7 @@ def main(argv=None):
     clients = engine(args, net, math.ceil(max(round(args.frac * K), 1) / size), B)
     print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
           f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
-    if args.compile: clients.compile(train, B)
+    if args.compile: clients.compile(train)
     if was: print(f'resumed from {args.checkpoint} after round {len(history)}; --epochs is {args.epochs}')
     else: set_aside(args.checkpoint)
     if was.get('log') != args.log: set_aside(args.log)
