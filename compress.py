@@ -1,10 +1,142 @@
-"""An update on the wire: what a server asks of it before it takes part in the average.
+"""An update on the wire: a client's flat vector w_k - w_t as the bytes that it would upload, and back.
 
-This file knows no net and no client, and needs torch alone.
+    payload = encode(update, quantize=8)        # bytes, a quarter of fp32's
+    update = decode(payload, len(update))       # or ValueError: nothing else, whatever the bytes are
+
+    Konecny et al. 2016 (arXiv 1610.05492), Section 4: probabilistic quantization, subsampling
+    Aji and Heafield 2017 (arXiv 1704.05021), Stich et al. 2018 (arXiv 1809.07599): top-k with error feedback
+    Zhu and Gupta 2017 (arXiv 1710.01878), Section 3: pruning on a cubic schedule
+
+This file knows no net and no client. It needs numpy and torch.
 """
+import struct
+import zlib
+
+import numpy as np
 import torch
 
-def check(w):
-    """Raises ValueError, naming the tensor, if a floating point value in the state_dict w is not finite."""
-    for name, v in w.items():
-        if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{name} holds NaN or infinity')
+#############################################
+#         Bytes: encode and decode          #
+#############################################
+
+# Little-endian: magic, bits a value, index coding, values in all (d), values kept (n), the lowest level and the step
+# between levels; then the indices, the values, and the CRC-32 of all before it.
+HEADER, CRC = struct.Struct('<4sBBIIff'), struct.Struct('<I')
+MAGIC = b'FAvg'
+ALL, BITMAP, INDICES = range(3)         # index codings
+
+def encode(update, quantize=None, topk=None, draw=None):
+    """The bytes of a float vector: header, which values are kept, the values, a checksum.
+
+    update: (d,) float tensor, d below 2^32. quantize: 1 to 16 bits a value, uniform over the range of the values kept, with
+    stochastic rounding, so that the mean of many is unbiased (Konecny et al. 2016, Section 4.2); None: fp32 as they are.
+    topk: the fraction, (0, 1], of values kept, those of largest magnitude, at least one; others count as zero.
+    draw: the NumPy generator of the rounding. Raises ValueError for another setting; NaN and infinity are for decode to find.
+    """
+    if quantize not in (None, *range(1, 17)): raise ValueError(f'quantize {quantize}: 1 to 16 bits, or None')
+    if topk is not None and not 0 < topk <= 1: raise ValueError(f'topk {topk}: a fraction above 0 and at most 1, or None')
+    v, d, coding, where = update.detach().float().cpu(), len(update), ALL, b''
+    n = d if topk is None else min(max(round(topk * d), 1), d)
+    if n < d:
+        kept = v.abs().topk(n, sorted=False).indices.sort().values
+        v, coding, where = v[kept], *support(kept.numpy(), d)
+    v = v.numpy()
+    low = step = 0.0
+    if quantize: codes, low, step = levels(v, quantize, draw or np.random.default_rng())
+    values = pack(codes, quantize) if quantize else v.astype('<f4').tobytes()
+    body = HEADER.pack(MAGIC, quantize or 32, coding, d, n, low, step) + where + values
+    return body + CRC.pack(zlib.crc32(body))
+
+def decode(payload, d):
+    """The vector, (d,) float32, that encode made payload from. Raises ValueError with the reason if there is none of d values.
+
+    Nothing is allocated before the payload's own length has been found to be that of d values or fewer.
+    """
+    if len(payload) < HEADER.size + CRC.size: raise ValueError(f'{len(payload)} bytes are too few for a header')
+    magic, bits, coding, given, n, low, step = HEADER.unpack_from(payload)
+    if magic != MAGIC: raise ValueError('not an encoded update')
+    if given != d: raise ValueError(f'it is of {given} values, not of {d}')
+    if bits not in (*range(1, 17), 32) or coding > INDICES or n > d or (coding == ALL and n < d):
+        raise ValueError('its header contradicts itself')
+    start = HEADER.size + {ALL: 0, BITMAP: size(d, 1), INDICES: size(n, width(d))}[coding]
+    end = start + size(n, bits)
+    if len(payload) != end + CRC.size: raise ValueError(f'it has {len(payload)} bytes, {end + CRC.size} were to come')
+    if CRC.unpack_from(payload, end)[0] != zlib.crc32(memoryview(payload)[:end]): raise ValueError('its checksum is wrong')
+    if bits == 32: v = np.frombuffer(payload, '<f4', n, start).astype(np.float32)
+    else:
+        with np.errstate(all='ignore'): v = np.float32(low) + np.float32(step) * unpack(payload[start:end], n, bits).astype(np.float32)
+    if not np.isfinite(v).all(): raise ValueError('it holds NaN or infinity')
+    if coding == ALL: return torch.from_numpy(v)
+    where = payload[HEADER.size:start]
+    kept = np.flatnonzero(unpack(where, d, 1)) if coding == BITMAP else unpack(where, n, width(d))
+    if len(kept) != n or (n and kept[-1] >= d) or (np.diff(kept.astype(np.int64)) <= 0).any():
+        raise ValueError('its indices are out of order or out of range')
+    update = np.zeros(d, np.float32)
+    update[kept] = v
+    return torch.from_numpy(update)
+
+def levels(v, bits, draw):
+    """(codes, low, step): v rounded at random to one of the two nearest of 2^bits levels from its lowest to its highest value,
+    so that low + step code is v on average."""
+    if not len(v): return np.zeros(0, np.uint16), 0.0, 0.0
+    with np.errstate(all='ignore'): low, span = v.min(), v.max() - v.min()
+    if not np.isfinite(span): return np.zeros(len(v), np.uint16), np.nan, np.nan        # for decode to find
+    step = span / np.float32(2**bits - 1)
+    x = (v - low) / (step or np.float32(1))
+    floor = np.floor(x)
+    x -= floor                                                  # how far above the lower level, in [0, 1)
+    floor += draw.random(len(v), np.float32) < x
+    return np.minimum(floor, 2**bits - 1).astype(np.uint16), low, step
+
+def support(kept, d):
+    """(coding, bytes) for the ascending indices kept of d: a bitmap or packed indices, whichever is smaller."""
+    if size(d, 1) > size(len(kept), width(d)): return INDICES, pack(kept, width(d))
+    bitmap = np.zeros(d, np.uint8)
+    bitmap[kept] = 1
+    return BITMAP, pack(bitmap, 1)
+
+def width(d):
+    """Bits of an index below d."""
+    return max((d - 1).bit_length(), 1)
+
+def size(n, bits):
+    """Bytes of n packed values."""
+    return (n * bits + 7) // 8
+
+def cell(bits):
+    """The smallest NumPy type with room for `bits` bits, and how many it has."""
+    room = next(room for room in (8, 16, 32) if bits <= room)
+    return f'<u{room // 8}', room
+
+def pack(codes, bits):
+    """Whole numbers below 2^bits, (n,), as bytes: `bits` of each, lowest first, without gaps."""
+    kind, room = cell(bits)
+    codes = codes.astype(kind)
+    if bits < room:
+        codes = np.unpackbits(codes.view(np.uint8).reshape(-1, room // 8), axis=1, count=bits, bitorder='little')    # (n, bits)
+        codes = np.packbits(codes, bitorder='little')
+    return codes.tobytes()
+
+def unpack(packed, n, bits):
+    """pack's codes, (n,). Raises ValueError if the bits left over are not zero."""
+    kind, room = cell(bits)
+    if bits == room: return np.frombuffer(packed, kind, n)
+    each = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder='little')
+    if each[n * bits:].any(): raise ValueError('its padding is not zero')
+    codes = np.zeros(n, kind)
+    for b in range(bits): codes |= each[b:n * bits:bits].astype(kind) << b
+    return codes
+
+#############################################
+#                  Pruning                  #
+#############################################
+
+def sparsity(t, s, begin, end):
+    """The fraction pruned away in round t: none up to round `begin`, s from `end` on, a cubic between (Zhu and Gupta 2017, Eq. 1)."""
+    return s * (1 - (1 - min(max((t - begin) / (end - begin), 0), 1)) ** 3)
+
+def prune(v, s):
+    """Which of the weights v, (d,), are left without the round(s d) of smallest magnitude: (d,) bool."""
+    left = torch.ones(len(v), dtype=torch.bool, device=v.device)
+    left[v.detach().abs().argsort(stable=True)[:round(s * len(v))]] = False
+    return left

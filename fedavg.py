@@ -21,6 +21,7 @@ The paper's symbols, here and in the code:
 import contextlib
 import copy
 import csv
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -29,6 +30,7 @@ import logging
 import math
 import os
 import signal
+import struct
 import sys
 import time
 import weakref
@@ -41,7 +43,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset
 
-from compress import check
+from compress import decode, encode, prune, sparsity
 from models import build
 from options import args_parser, fail
 from sampling import load, partition, rng, select
@@ -62,12 +64,14 @@ class LocalUpdate:
         self.args = args
         self.x, self.y = examples(dataset, idxs, args.device)      # (n_k, ...), (n_k,)
 
-    def train(self, net, lr=None):
+    def train(self, net, lr=None, mask=None):
         """(state_dict, mean loss per example) after training from net's weights; net is left as it was. lr: default args.lr.
 
-        The optimizer is a new one each time. Shuffles and dropout are drawn from torch's own generators.
+        The optimizer is a new one each time. Shuffles and dropout are drawn from torch's own generators. mask: {name: bool
+        tensor}; where it is False there is no gradient, so that a weight pruned to zero stays zero.
         """
         net = copy.deepcopy(net).to(self.args.device).train()
+        for name, p in net.named_parameters() if mask else (): p.register_hook(lambda g, left=mask[name]: g * left)
         step = optimizer(self.args, net.parameters(), self.args.lr if lr is None else lr)
         n_k, B = len(self.y), min(self.args.local_bs, len(self.y))
         total = torch.zeros((), device=self.x.device)
@@ -110,11 +114,11 @@ def seed_torch(*keys):
     """Seeds torch's own generators (initialisation, shuffles, dropout) from rng's keys."""
     torch.manual_seed(int(rng(*keys).integers(2**63)))
 
-def local_updates(args, net, dataset, parts, S_t, t):
+def local_updates(args, net, dataset, parts, S_t, t, mask=None):
     """Yields (k, w_k, n_k, mean loss) for each k in S_t, one client after the other, each from net's weights."""
     for k in S_t:
         seed_torch(args.seed, 'train', t, k)
-        w_k, loss = LocalUpdate(args, dataset, parts[k]).train(net, args.lr * args.lr_decay ** (t - 1))
+        w_k, loss = LocalUpdate(args, dataset, parts[k]).train(net, args.lr * args.lr_decay ** (t - 1), mask)
         yield k, w_k, len(parts[k]), loss
 
 #############################################
@@ -129,10 +133,11 @@ class Stacked:
     """
     def __init__(self, args, net, size):
         self.args, self.net, self.size = args, copy.deepcopy(net).train(), size
-        self.names = [name for name, _ in net.named_parameters()]
+        self.names, self.left = [name for name, _ in net.named_parameters()], None
 
-    def __call__(self, args, net, dataset, parts, S_t, t):
+    def __call__(self, args, net, dataset, parts, S_t, t, mask=None):
         """Yields (k, w_k, n_k, mean loss) for each k in S_t, those with the most examples first."""
+        self.left = mask and [mask[name] for name in self.names]
         order = sorted(S_t, key=lambda k: -len(parts[k]))
         for i in range(0, len(order), self.size): yield from self.train(net, dataset, parts, order[i:i + self.size], t)
 
@@ -184,6 +189,7 @@ class Stacked:
     def step(self, x, y, index, weight):
         """One optimizer step of every client on the examples at index, (m, B); the sum of each client's losses before it, (m,)."""
         grads, losses = self.gradients(x[index], y[index], weight)                              # (m, B, 1, 28, 28), (m, B)
+        if self.left: grads = [g * left for g, left in zip(grads, self.left)]
         for v, g in zip(self.w, grads): v.grad = g
         # Without the wrappers around it (hooks, profiling), which would cut the compiled step in pieces.
         inspect.unwrap(type(self.optimizer).step)(self.optimizer)
@@ -215,9 +221,10 @@ class Compiled(Stacked):
         mode = 'reduce-overhead' if args.device.type == 'cuda' else 'max-autotune-no-cudagraphs'
         self.step = torch.compile(self.step, mode=mode)
 
-    def compile(self, dataset):
-        """Compiles the step and says how long that took; exits with one line if it cannot be."""
+    def compile(self, dataset, pruned):
+        """Compiles the step, for pruned weights or not, and says how long that took; exits with one line if it cannot be."""
         began = time.perf_counter()
+        if pruned: self.left = [torch.ones_like(v[0], dtype=torch.bool) for v in self.w]
         index = torch.zeros(self.size, self.B, dtype=torch.int64, device=self.args.device)
         torch._logging.set_logs(dynamo=logging.ERROR)
         try:
@@ -270,26 +277,8 @@ def engine(args, net, m, B):
     return Compiled(args, net, size, B) if args.compile else Stacked(args, net, size)
 
 #############################################
-#            Server: uplink, average        #
+#              Server: average              #
 #############################################
-
-def uplink(updates, tally, verbose=False):
-    """(k, w_k, n_k, loss) in, (w_k, n_k) out for those that the server accepts.
-
-    tally: a dict in which it counts clients and rejected, and sums the accepted n_k (m_t) and n_k loss (loss).
-    """
-    for k, w_k, n_k, loss in updates:
-        try:
-            check(w_k)
-        except ValueError as e:
-            tally['rejected'] += 1
-            print(f'client {k} is left out, its {e}')
-            continue
-        if verbose: print(f'    client {k:5d}   n_k {n_k:6d}   loss {loss:.4f}')
-        tally['clients'] += 1
-        tally['m_t'] += n_k
-        tally['loss'] += n_k * loss
-        yield w_k, n_k
 
 def FedAvg(w, n=None, all_sum=lambda tensors: None):
     """The weighted mean of state_dicts, sum of n_k w_k over sum of n_k (Algorithm 1, last line of the server's loop).
@@ -404,13 +393,172 @@ def shares(S_t, n_k, size):
         load[least] += n_k[k]
     return [sorted(ks) for ks in dealt]
 
+def send(blob, rank):
+    """Bytes to another process, which calls receive."""
+    dist.send(torch.tensor([len(blob)]), rank, group=GROUP['gloo'])
+    if blob: dist.send(torch.frombuffer(bytearray(blob), dtype=torch.uint8), rank, group=GROUP['gloo'])
+
+def receive(rank):
+    """The bytes that the process `rank` sends."""
+    length = torch.zeros(1, dtype=torch.int64)
+    dist.recv(length, rank, group=GROUP['gloo'])
+    blob = torch.zeros(int(length), dtype=torch.uint8)
+    if len(blob): dist.recv(blob, rank, group=GROUP['gloo'])
+    return blob.numpy().tobytes()
+
+#############################################
+#      The wire: down and up, in bytes      #
+#############################################
+
+def flat(w):
+    """The floating point tensors of the state_dict w, weights and buffers, as one vector on the CPU, (d,) float32."""
+    return torch.cat([v.detach().flatten().float() for v in w.values() if v.is_floating_point()]).cpu()
+
+def unflat(vector, w):
+    """The state_dict like w with its floating point tensors from vector, (d,)."""
+    parts = iter(vector.to(next(iter(w.values())).device).split([v.numel() for v in w.values() if v.is_floating_point()]))
+    return {name: next(parts).view(v.shape).to(v.dtype) if v.is_floating_point() else v for name, v in w.items()}
+
+def masks(left, w):
+    """{name: bool tensor} of w's floating point tensors from left, (d,)."""
+    return {name: v.bool() for name, v in unflat(left.float(), w).items() if w[name].is_floating_point()}
+
+def pruned(w, s):
+    """(w with the fraction s of the weights of its matrices and filters at zero, the smallest of them all; {name: bool tensor} of
+    what is left). Biases stay. (w, None) if s is None."""
+    if s is None: return w, None
+    v, left = flat(w), torch.cat([torch.full((u.numel(),), u.dim() <= 1) for u in w.values() if u.is_floating_point()])
+    left[~left] = prune(v[~left], s)
+    return unflat(v * left, w), masks(left, w)
+
+MESSAGE = struct.Struct('<qqd')     # k, n_k and loss, which go before the payload
+
+class Wire:
+    """What crosses between the server and its clients in a round, as bytes, counted: w down, w_k up, or, if --quantize or --topk
+    makes it smaller, w_k - w.
+
+    kept: {k: (d,) tensor}, what client k has not sent of its updates yet (error feedback). Rank 0 keeps those of simulated
+    clients and lends them to the processes that train these; a silo keeps its own.
+    """
+    def __init__(self, args, w, rank=0, size=1):
+        self.args, self.rank, self.d, self.fp32 = args, rank, len(flat(w)), len(encode(flat(w)))
+        self.kept, self.saved, self.holders, self.zeros = {}, {}, set(), 0
+        self.left = torch.ones(self.d, dtype=torch.bool) if args.prune else slice(None)
+        self.feedback = bool(args.topk and args.error_feedback)
+        # Silos' payloads, and smaller ones, go to rank 0; simulated fp32 is summed up where it is trained.
+        self.gathers = size > 1 and bool(args.silo or args.quantize or args.topk or args.prune)
+
+    def state(self, t):
+        """What a checkpoint of round t holds of it; of silos, which save one after the other, the one before too."""
+        if t not in self.saved: self.saved = dict(list(self.saved.items())[-1:] if self.args.silo else ()) | {t: dict(self.kept)}
+        return {'kept': self.saved, 'holders': sorted(self.holders), 'zeros': self.zeros}
+
+    def resume(self, state, t):
+        """Goes on from state, a checkpoint's (None: there is none here), after round t. Silos started again do not hold the mask."""
+        kept = (state or {'kept': {}})['kept']
+        if self.args.silo and self.feedback and t not in kept:
+            print(f'silo {self.rank}: no checkpoint of round {t} here; what it had not sent yet is lost', file=sys.stderr)
+        self.kept = dict(kept.get(t, {}))
+        if state: self.zeros, self.holders = state['zeros'], set() if self.args.silo else set(state['holders'])
+
+    def downlink(self, w, mask, S_t, tally):
+        """(w, mask) as S_t receive them: what is left of w, in fp32, and the mask if they do not hold it yet. w: a state_dict.
+
+        tally: a dict in which down_bytes is counted.
+        """
+        silo = self.args.silo and self.rank
+        if silo and self.rank not in S_t: return w, None
+        if silo:
+            payload, of_mask = receive(0), receive(0)
+            if of_mask: self.left = decode(of_mask, self.d).bool()
+            v = torch.zeros(self.d)
+            v[self.left] = decode(payload, len(v[self.left]))
+            return unflat(v, w), masks(self.left, w) if self.args.prune else None
+        if mask: self.left = torch.cat([v.flatten() for v in mask.values()]).cpu()
+        payload, of_mask, new = encode(flat(w)[self.left]), b'', set()
+        zeros = self.d - len(flat(w)[self.left])
+        if zeros != self.zeros: self.zeros, self.holders = zeros, set()
+        if zeros: of_mask, new = encode(self.left.float(), quantize=1), set(S_t) - self.holders     # 0 and 1 are levels: exact
+        self.holders |= new
+        if self.rank == 0: tally['down_bytes'] += len(S_t) * len(payload) + len(new) * len(of_mask)
+        for k in S_t if self.args.silo else ():
+            if k: send(payload, k), send(of_mask if k in new else b'', k)
+        return w, mask
+
+    def uplink(self, updates, w, t, dealt, tally):
+        """(k, w_k, n_k, loss) in, (w_k, n_k) out for those that the server accepts; where payloads are gathered, at rank 0 alone.
+
+        dealt: the clients of each process. tally: a dict in which it counts clients, rejected and up_bytes, and sums the accepted
+        n_k (m_t) and n_k loss (loss).
+        """
+        base = flat(w) if self.args.quantize or self.args.topk else torch.zeros(self.d)
+        if self.feedback and self.gathers and not self.args.silo: self.lend(dealt)
+        for k, payload, n_k, loss, rest in self.gathered(self.packed(updates, base, t), dealt):
+            tally['up_bytes'] += len(payload)
+            v = base.clone()
+            try: v[self.left] += decode(payload, len(v[self.left]))
+            except ValueError as e:
+                tally['rejected'] += 1
+                print(f'client {k} is left out: {e}')
+                continue
+            if self.args.verbose: print(f'    client {k:5d}   n_k {n_k:6d}   loss {loss:.4f}')
+            tally['clients'] += 1
+            tally['m_t'] += n_k
+            tally['loss'] += n_k * loss
+            if rest is not None: self.kept[k] = rest
+            yield unflat(v, w), n_k
+
+    def packed(self, updates, base, t):
+        """The clients' side: (k, w_k, n_k, loss) in, (k, payload, n_k, loss, what stays behind or None) out."""
+        for k, w_k, n_k, loss in updates:
+            x, rest = (flat(w_k) - base)[self.left], None
+            if self.feedback and k in self.kept: x += self.kept[k][self.left]
+            payload = encode(x, self.args.quantize, self.args.topk, self.args.quantize and rng(self.args.seed, 'quantize', t, k))
+            with contextlib.suppress(ValueError):       # a payload that will be refused takes nothing of what was left before
+                if self.feedback:
+                    sent = decode(payload, len(x))
+                    rest = torch.zeros(self.d)
+                    rest[self.left] = x - sent
+            if self.args.silo and rest is not None: self.kept[k] = rest
+            yield k, payload, n_k, loss, rest
+
+    def gathered(self, messages, dealt):
+        """The messages of all processes at rank 0, and none elsewhere; where nothing is gathered, this process's own."""
+        if not self.gathers: return messages
+        messages = list(messages)
+        all_sum([])         # all have trained
+        with others():
+            if self.rank:
+                for k, payload, n_k, loss, rest in messages:
+                    send(MESSAGE.pack(k, n_k, loss), 0)
+                    send(payload, 0)
+                    send(b'' if rest is None or self.args.silo else rest.numpy().tobytes(), 0)
+                return []
+            for rank, ks in list(enumerate(dealt))[1:]:
+                for _ in ks:
+                    (k, n_k, loss), payload, rest = MESSAGE.unpack(receive(rank)), receive(rank), receive(rank)
+                    messages.append((k, payload, n_k, loss, torch.frombuffer(bytearray(rest), dtype=torch.float32) if rest else None))
+        return messages
+
+    def lend(self, dealt):
+        """What rank 0 keeps for the clients of another process, to that process."""
+        with others():
+            for rank, ks in list(enumerate(dealt))[1:]:
+                for k in ks:
+                    if self.rank == 0: send(self.kept[k].numpy().tobytes() if k in self.kept else b'', rank)
+                    elif self.rank == rank:
+                        rest = receive(0)
+                        self.kept.pop(k, None)
+                        if rest: self.kept[k] = torch.frombuffer(bytearray(rest), dtype=torch.float32)
+
 #############################################
 #      What is kept: log, checkpoint, plot  #
 #############################################
 
-COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'up_bytes', 'down_bytes', 'epsilon', 'seconds')
+COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'up_bytes', 'down_bytes', 'upload_seconds', 'epsilon',
+           'seconds')
 # What may differ between a run and its resumption: nothing that the weights of a round depend on.
-FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose'}
+FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose', 'bandwidth'}
 
 def rounds_to(target, accuracies):
     """Rounds to the target accuracy by the paper's protocol, or None (Section 3): the curve made monotone (best so far),
@@ -441,19 +589,24 @@ def open_log(path, options, history):
     os.replace(path + '.tmp', path)
     return open(path, 'a', newline='')
 
-def save(path, options, w, history):
-    """The run so far in one file, never half of it: written beside it and renamed. Exits with one line if that fails."""
+def save(path, options, w, history, wire, wait=False):
+    """The run so far in one file, never half of it: written beside it and renamed. Exits with one line if that fails.
+
+    wait: rank 0 saves after all others, so that its round is one that they have saved too.
+    """
+    if wait and not wire.rank: all_sum([])
     try:
-        torch.save({'options': options, 'w': w, 'history': history}, path + '.tmp')
+        torch.save({'options': options, 'w': w, 'history': history, 'wire': wire.state(len(history))}, path + '.tmp')
         os.replace(path + '.tmp', path)
     except (OSError, RuntimeError) as e:    # torch.save raises the latter when the disk is full
         fail(f'--checkpoint {path}: could not be written ({str(e).splitlines()[0]}); an earlier one is as it was')
+    if wait and wire.rank: all_sum([])
 
 def restore(path, options):
-    """(options, w, history) of the run saved at path. Exits with one line if it is no checkpoint, or not of such a run."""
+    """(options, w, history, the wire's state) of the run saved at path. Exits with one line if it is no checkpoint, or not of such a run."""
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
-        was, w, history = {**vars(args_parser([])), **saved['options']}, dict(saved['w']), list(saved['history'])
+        was, w, history, wire = {**vars(args_parser([])), **saved['options']}, dict(saved['w']), list(saved['history']), saved['wire']
         if not w or not all(set(COLUMNS) <= set(row) for row in history): raise ValueError('half empty')
     except Exception as e:      # what torch.load raises for foreign bytes is not documented
         fail(f'--checkpoint {path}: not a checkpoint of this program ({type(e).__name__}); name one, or leave --resume out')
@@ -461,7 +614,7 @@ def restore(path, options):
     if other:
         fail('--resume 1: the checkpoint was made with ' + ', '.join(f'--{name} {was[name]} (given: {options[name]})' for name in other)
              + '; give the same, or another --checkpoint')
-    return was, w, history
+    return was, w, history, wire
 
 def plot(path, history):
     """Accuracy and loss against rounds, as a picture at path."""
@@ -476,16 +629,31 @@ def plot(path, history):
     right.legend()
     figure.savefig(path, dpi=150)
 
-def summary(args, history):
-    """The run's end in a few lines: best and last accuracy, time, and the rounds to --target."""
+def progress(args, history):
+    """The last round in a line."""
+    row = history[-1]
+    print(f'round {row["round"]:4d}/{args.epochs}   train loss {row["train_loss"]:.4f}   test acc {100 * row["test_acc"]:.2f} %   '
+          f'best {100 * max(r["test_acc"] for r in history):.2f} %   '
+          + (f'{row["rejected"]} left out   ' if row['rejected'] else '') +
+          f'up {row["up_bytes"] / 1e6:.3g} MB in {row["upload_seconds"]:.2g} s   down {row["down_bytes"] / 1e6:.3g} MB   '
+          f'{row["seconds"]:.2f} s   {row["seconds"] * (args.epochs - row["round"]):.0f} s left', flush=True)
+
+def summary(args, history, fp32):
+    """The run's end in a few lines: accuracy, time, bytes beside the fp32 bytes of a whole w, and the rounds to --target."""
     accuracies = [row['test_acc'] for row in history]
     best = max(accuracies)
     seconds = sum(row['seconds'] for row in history)
     print(f'{len(history)} rounds in {seconds:.0f} s: best test accuracy {100 * best:.2f} % (round {accuracies.index(best) + 1}), '
           f'last {100 * accuracies[-1]:.2f} %')
+    sent = list(itertools.accumulate((row['up_bytes'] for row in history), initial=0))
+    payloads = sum(row['clients'] + row['rejected'] for row in history)
+    print(f'uploaded {sent[-1] / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times smaller than fp32, a client at a time in '
+          f'{sum(row["upload_seconds"] for row in history):.1f} s at {args.bandwidth:g} MB/s; downloaded '
+          f'{sum(row["down_bytes"] for row in history) / 1e6:.2f} MB')
     if args.target:
         reached = rounds_to(args.target, accuracies)
-        print(f'rounds to {100 * args.target:.2f} %: ' + (f'{reached:.1f}' if reached else f'not reached in {len(history)} rounds'))
+        print(f'rounds to {100 * args.target:.2f} %: ' + (f'{reached:.1f}, with {np.interp(reached, range(len(sent)), sent) / 1e6:.2f} MB '
+              'uploaded' if reached else f'not reached in {len(history)} rounds'))
 
 #############################################
 #              Algorithm 1: main            #
@@ -538,9 +706,11 @@ def main(argv=None):
         fail(f'--plot {args.plot}: needs matplotlib, which is not installed; pip install matplotlib, or leave --plot out')
     rank, size = processes(args.device)
     if args.silo: agree(options, from_rank_0(options))
-    if rank: sys.stdout, args.log, args.checkpoint, args.plot = open(os.devnull, 'w'), None, None, None     # rank 0's alone
+    if rank: sys.stdout, args.log, args.plot = open(os.devnull, 'w'), None, None        # rank 0's alone
+    if rank: args.checkpoint = f'{args.checkpoint}.{rank}' if args.checkpoint and args.silo and args.topk else None   # what a silo keeps
     saved = args.checkpoint and args.resume and os.path.exists(args.checkpoint)
-    was, w, history = from_rank_0(restore(args.checkpoint, options) if saved else ({}, None, []))
+    was, w, history, state = restore(args.checkpoint, options) if saved else ({}, None, [], None)
+    was, w, history = from_rank_0((was, w, history))
 
     train, test, parts = holdings(args, rank, size)
     K = size if args.silo else args.num_users
@@ -552,11 +722,14 @@ def main(argv=None):
     if args.device.type == 'cpu': net = net.to(memory_format=torch.channels_last)       # no change but for convolutions
     if w: net.load_state_dict(w)
     w = copy.deepcopy(net.state_dict())
+    wire = Wire(args, w, rank, size)
+    if history: wire.resume(state, len(history))
+    average = FedAvg if args.silo else functools.partial(FedAvg, all_sum=all_sum)       # of silos only rank 0 has updates
     B = min(args.local_bs, max(map(len, parts.values())))
     clients = engine(args, net, math.ceil(max(round(args.frac * K), 1) / size), B)
     print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
           f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
-    if args.compile: clients.compile(train)
+    if args.compile: clients.compile(train, bool(args.prune))
     if was: print(f'resumed from {args.checkpoint} after round {len(history)}; --epochs is {args.epochs}')
     else: set_aside(args.checkpoint)
     if was.get('log') != args.log: set_aside(args.log)
@@ -566,14 +739,17 @@ def main(argv=None):
         for t in range(len(history) + 1, args.epochs + 1):
             if args.target and history and max(row['test_acc'] for row in history) >= args.target: break
             began = time.perf_counter()
-            tally = {'clients': 0, 'rejected': 0, 'm_t': 0, 'loss': 0.0}
+            tally = dict.fromkeys(('clients', 'rejected', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
 
             S_t = select(K, args.frac, rng(args.seed, 'select', t)).tolist()
-            mine = [k for k in S_t if k in parts] if args.silo else shares(S_t, n_k, size)[rank]
-            updates = clients(args, net, train, parts, mine, t)             # (k, w_k, n_k, loss), one at a time
-            updates = uplink(updates, tally, args.verbose)                  # (w_k, n_k) of those that are accepted
+            dealt = [[k] if k in S_t else [] for k in range(size)] if args.silo else shares(S_t, n_k, size)
+            w_t, mask = pruned(w, args.prune and sparsity(t, args.prune, args.prune_begin, args.prune_end))
+            w_t, mask = wire.downlink(w_t, mask, S_t, tally)
+            net.load_state_dict(w_t)
+            updates = clients(args, net, train, parts, dealt[rank], t, mask)        # (k, w_k, n_k, loss), one at a time
+            updates = wire.uplink(updates, w_t, t, dealt, tally)                    # (w_k, n_k) of those that are accepted
             rest = int(n_k.sum() - n_k[S_t].sum()) if args.all_clients and rank == 0 else 0
-            w_next = FedAvg(itertools.chain(updates, [(w, rest)]), all_sum=all_sum)
+            w_next = average(itertools.chain(updates, [(w_t, rest)])) or w_t
 
             tally = dict(zip(tally, all_summed(tally.values(), args.device)))
             if not tally['clients']:
@@ -585,24 +761,23 @@ def main(argv=None):
             test_loss, test_acc = evaluate(net, *test.tensors, args.bs, all_sum)
             row = dict.fromkeys(COLUMNS, '') | {
                 'round': t, 'train_loss': tally['loss'] / tally['m_t'], 'test_loss': test_loss, 'test_acc': test_acc,
-                'clients': int(tally['clients']), 'rejected': int(tally['rejected']), 'seconds': time.perf_counter() - began}
+                **{name: int(tally[name]) for name in ('clients', 'rejected', 'up_bytes', 'down_bytes')}}
+            row['upload_seconds'] = row['up_bytes'] / (row['clients'] + row['rejected']) / 1e6 / args.bandwidth
+            row['seconds'] = time.perf_counter() - began
             w, history = w_next, history + [row]
 
             rows(log).writerow(row)
             log.flush()
-            if args.checkpoint and t % args.save_every == 0: save(args.checkpoint, options, w, history)
-            print(f'round {t:4d}/{args.epochs}   train loss {row["train_loss"]:.4f}   test acc {100 * test_acc:.2f} %   '
-                  f'best {100 * max(r["test_acc"] for r in history):.2f} %   '
-                  + (f'{row["rejected"]} left out   ' if row['rejected'] else '') + f'{row["seconds"]:.2f} s   '
-                  f'{row["seconds"] * (args.epochs - t):.0f} s left', flush=True)
+            if args.checkpoint and t % args.save_every == 0: save(args.checkpoint, options, w, history, wire, wait=args.silo and args.topk)
+            progress(args, history)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)        # torchrun sends a second one, which would cut the saving short
         print(f'\ninterrupted after round {len(history)}')
         code = 130
     if args.checkpoint:
-        save(args.checkpoint, options, w, history)
+        save(args.checkpoint, options, w, history, wire)
         print(f'checkpoint: {args.checkpoint}, after round {len(history)}')
-    if history: summary(args, history)
+    if history: summary(args, history, wire.fp32)
     if history and args.plot: plot(args.plot, history)
     if code != 130: all_sum([])         # torchrun would end rank 0 at its saving if another left with an error before
     if dist.is_initialized(): dist.destroy_process_group()

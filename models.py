@@ -87,12 +87,18 @@ class MLP(nn.Module):
         x = self.relu(self.dropout(self.layer_input(x.flatten(1))))     # (B, dim_hidden)
         return self.layer_hidden(x)                                     # (B, dim_out)
 
+def conv(args, dim_in, dim_out, side):
+    """A convolution, or, if args.separable, a depthwise one and then a pointwise one, which have fewer weights (Howard et al. 2017)."""
+    if not getattr(args, 'separable', 0): return nn.Conv2d(dim_in, dim_out, side)
+    return nn.Sequential(nn.Conv2d(dim_in, dim_in, side, groups=dim_in), nn.Conv2d(dim_in, dim_out, 1))
+
 class CNNMnist(nn.Module):
-    """Two 5x5 convolutions without padding and two dropouts; 21,840 parameters. Of args: num_channels, num_classes."""
+    """Two 5x5 convolutions without padding and two dropouts; 21,840 parameters, 17,300 if args.separable. Of args: num_channels,
+    num_classes."""
     def __init__(self, args):
         super().__init__()
         self.conv1 = nn.Conv2d(args.num_channels, 10, kernel_size=5)
-        self.conv2 = nn.Conv2d(10, 20, kernel_size=5)
+        self.conv2 = conv(args, 10, 20, 5)
         self.conv2_drop = nn.Dropout2d()
         self.fc1 = nn.Linear(320, 50)
         self.fc2 = nn.Linear(50, args.num_classes)
@@ -104,12 +110,13 @@ class CNNMnist(nn.Module):
         return self.fc2(F.dropout(x, training=self.training))           # (B, 10)
 
 class CNNCifar(nn.Module):
-    """LeNet-5's shape on 32x32 images; 62,006 parameters. Of args: num_channels, num_classes."""
+    """LeNet-5's shape on 32x32 images; 62,006 parameters, 59,858 if args.separable. Of args: num_channels,
+    num_classes."""
     def __init__(self, args):
         super().__init__()
         self.conv1 = nn.Conv2d(args.num_channels, 6, 5)
         self.pool = nn.MaxPool2d(2, 2)
-        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.conv2 = conv(args, 6, 16, 5)
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, args.num_classes)

@@ -93,6 +93,14 @@ def args_parser(argv=None):
     add('engine', 'auto', str, 'loop: one client after the other; stacked: all of S_t at once; auto: the faster one',
         choices=('auto', 'loop', 'stacked'))
     switch('compile', 0, '1: torch.compile the stacked step; takes from seconds to a minute at the start')
+    add('quantize', None, number(int, 1, 16), 'bits a value of an uploaded w_k - w_t, rounded stochastically; None: fp32')
+    add('topk', None, number(float, 0, 1, above=True), 'fraction of the values of w_k - w_t that are uploaded, the largest')
+    switch('error_feedback', 1, 'with --topk: a client keeps what it did not send and adds it next time')
+    add('prune', None, number(float, 0, 0.9999, above=True), 'fraction of the weights pruned by magnitude in the end, biases stay')
+    add('prune_begin', None, number(int, 0), 'with --prune: the last round without pruning; 0 if not given')
+    add('prune_end', None, number(int, 1), 'with --prune: the round from which on all of it is pruned, a cubic between; 30 if not given')
+    switch('separable', 0, '1: the second convolution of --model cnn is depthwise, then pointwise')
+    add('bandwidth', 1.0, number(float, 0, above=True), "a client's upload in MB/s, for the time that its uploads would take; the paper has 1")
     switch('silo', 0, '1: every process that torchrun starts is one client with its own --data_dir; K is their number')
     add('gpu', 0, number(int, -1), 'CUDA device, used when CUDA is present; -1 is the CPU')
     add('seed', 1, number(int, 0), 'the one seed of partition, selection, initialisation and shuffling')
@@ -121,6 +129,15 @@ def check(args):
     if args.momentum and args.optimizer != 'sgd':
         fail(f'--momentum {args.momentum}: adamw has its own; leave the flag out, or --optimizer sgd')
     if args.resume and not args.checkpoint: fail('--resume 1: nothing to go on from; name the file with --checkpoint')
+    if not args.error_feedback and not args.topk: fail('--error_feedback 0: without --topk all is sent; add --topk, or leave it out')
+    if args.separable and args.model != 'cnn': fail(f'--separable 1: {args.model} has no such form; take --model cnn')
+    given = [f'--{name} {getattr(args, name)}' for name in ('prune_begin', 'prune_end') if getattr(args, name) is not None]
+    if given and not args.prune: fail(f'{given[0]}: nothing is pruned; add --prune, or leave it out')
+    if args.prune:
+        args.prune_begin, args.prune_end = args.prune_begin or 0, args.prune_end or 30
+        if not args.prune_begin < args.prune_end <= args.epochs:
+            fail(f'--prune_begin {args.prune_begin}, --prune_end {args.prune_end}: the end comes after the beginning and by the last '
+                 f'round, --epochs {args.epochs}')
     if args.silo and 'TORCHELASTIC_RUN_ID' not in os.environ:
         fail('--silo 1: every process is a client; start them with torchrun --nproc_per_node=K fedavg.py --silo 1 ...')
     if args.silo and (not args.iid or args.unequal):
