@@ -22,7 +22,7 @@ LR, ROUNDS, TARGET = {1: 0.1, 0: 0.1}, {1: 200, 0: 600}, 0.97
 
 def measure(words, data_dir, iid, seed):
     """One run's row: rounds and MB to the target as the program reports them, '' for a miss, and the seconds it took."""
-    flags = f'--iid {iid} --local_ep 5 --lr {LR[iid]} --target {TARGET} --epochs {ROUNDS[iid]} --seed {seed} {words}'
+    flags = f'--compile 1 --iid {iid} --local_ep 5 --lr {LR[iid]} --target {TARGET} --epochs {ROUNDS[iid]} --seed {seed} {words}'
     out = subprocess.run([sys.executable, str(HERE.parent / 'fedavg.py'), '--data_dir', data_dir, '--gpu', '-1', *flags.split()],
                          capture_output=True, text=True)
     lines = out.stdout.splitlines()
