@@ -3,7 +3,7 @@
     payload = encode(update, quantize=8)        # bytes, a quarter of fp32's
     update = decode(payload, len(update))       # or ValueError: nothing else, whatever the bytes are
 
-    Konecny et al. 2016 (arXiv 1610.05492), Section 4: probabilistic quantization, subsampling
+    Konecny et al. 2016 (arXiv 1610.05492), Section 3: probabilistic quantization
     Aji and Heafield 2017 (arXiv 1704.05021), Stich et al. 2018 (arXiv 1809.07599): top-k with error feedback
     Zhu and Gupta 2017 (arXiv 1710.01878), Section 3: pruning on a cubic schedule
 
@@ -29,21 +29,25 @@ def encode(update, quantize=None, topk=None, draw=None):
     """The bytes of a float vector: header, which values are kept, the values, a checksum.
 
     update: (d,) float tensor, d below 2^32. quantize: 1 to 16 bits a value, uniform over the range of the values kept, with
-    stochastic rounding, so that the mean of many is unbiased (Konecny et al. 2016, Section 4.2); None: fp32 as they are.
+    stochastic rounding, which is unbiased (Konecny et al. 2016, Section 3); None: fp32 as they are.
     topk: the fraction, (0, 1], of values kept, those of largest magnitude, at least one; others count as zero.
     draw: the NumPy generator of the rounding. Raises ValueError for another setting; NaN and infinity are for decode to find.
     """
-    if quantize not in (None, *range(1, 17)): raise ValueError(f'quantize {quantize}: 1 to 16 bits, or None')
+    if quantize is not None and (type(quantize) is not int or not 1 <= quantize <= 16):
+        raise ValueError(f'quantize {quantize!r}: a whole number of 1 to 16 bits, or None')
     if topk is not None and not 0 < topk <= 1: raise ValueError(f'topk {topk}: a fraction above 0 and at most 1, or None')
-    v, d, coding, where = update.detach().float().cpu(), len(update), ALL, b''
+    v, d = update.detach().float().cpu(), len(update)
+    if d >= 2**32: raise ValueError(f'{d} values: below 2^32')
     n = d if topk is None else min(max(round(topk * d), 1), d)
+    coding, where, low, step = ALL, b'', 0.0, 0.0
     if n < d:
         kept = v.abs().topk(n, sorted=False).indices.sort().values
-        v, coding, where = v[kept], *support(kept.numpy(), d)
-    v = v.numpy()
-    low = step = 0.0
-    if quantize: codes, low, step = levels(v, quantize, draw or np.random.default_rng())
-    values = pack(codes, quantize) if quantize else v.astype('<f4').tobytes()
+        coding, where = support(kept.numpy(), d)
+        v = v[kept]
+    if quantize:
+        codes, low, step = levels(v.numpy(), quantize, draw or np.random.default_rng())
+        values = pack(codes, quantize)
+    else: values = v.numpy().astype('<f4').tobytes()
     body = HEADER.pack(MAGIC, quantize or 32, coding, d, n, low, step) + where + values
     return body + CRC.pack(zlib.crc32(body))
 
@@ -65,7 +69,7 @@ def decode(payload, d):
     if bits == 32: v = np.frombuffer(payload, '<f4', n, start).astype(np.float32)
     else:
         with np.errstate(all='ignore'): v = np.float32(low) + np.float32(step) * unpack(payload[start:end], n, bits).astype(np.float32)
-    if not np.isfinite(v).all(): raise ValueError('it holds NaN or infinity')
+    if not np.isfinite(v).all(): raise ValueError('it holds NaN or infinity, or spans more than fp32 can')
     if coding == ALL: return torch.from_numpy(v)
     where = payload[HEADER.size:start]
     kept = np.flatnonzero(unpack(where, d, 1)) if coding == BITMAP else unpack(where, n, width(d))
@@ -76,8 +80,8 @@ def decode(payload, d):
     return torch.from_numpy(update)
 
 def levels(v, bits, draw):
-    """(codes, low, step): v rounded at random to one of the two nearest of 2^bits levels from its lowest to its highest value,
-    so that low + step code is v on average."""
+    """(codes, (n,) uint16, low, step): each of v, (n,) float32, rounded at random to one of the two nearest of 2^bits levels from
+    the lowest value to the highest, so that low + step code is v on average."""
     if not len(v): return np.zeros(0, np.uint16), 0.0, 0.0
     with np.errstate(all='ignore'): low, span = v.min(), v.max() - v.min()
     if not np.isfinite(span): return np.zeros(len(v), np.uint16), np.nan, np.nan        # for decode to find
@@ -137,6 +141,9 @@ def sparsity(t, s, begin, end):
 
 def prune(v, s):
     """Which of the weights v, (d,), are left without the round(s d) of smallest magnitude: (d,) bool."""
-    left = torch.ones(len(v), dtype=torch.bool, device=v.device)
-    left[v.detach().abs().argsort(stable=True)[:round(s * len(v))]] = False
+    n, v = round(s * len(v)), v.detach().abs()
+    if n == 0: return torch.ones(len(v), dtype=torch.bool, device=v.device)
+    cut = v.kthvalue(n).values
+    left, ties = v > cut, (v == cut).nonzero().flatten()
+    left[ties[n + len(ties) - int((~left).sum()):]] = True      # as many of those equal to the cut go as make n
     return left

@@ -14,7 +14,7 @@ The paper's symbols, here and in the code:
 
     Server:             initialise w_0; for each round t = 1, 2, ...
                             m = max(round(C K), 1); S_t = m clients at random
-                            w_k = ClientUpdate(k, w) for each k in S_t
+                            w_k = ClientUpdate(k, w) for each k in S_t          w goes down and w_k up the wire, as bytes
                             w = sum over S_t of (n_k / m_t) w_k
     ClientUpdate(k, w): for E epochs, for each batch b of B of the client's shuffled examples: w = w - lr grad loss(w; b)
 """
@@ -215,20 +215,21 @@ class Compiled(Stacked):
         super().__init__(args, net, size)
         super().stack(net, size, torch.tensor(args.lr, device=args.device))
         self.B = B
-        for v in self.w:
-            v.requires_grad_(False)
-            torch._dynamo.mark_static_address(v)        # or a CUDA graph would not be made of a step that changes them in place
+        for v in self.w: v.requires_grad_(False).grad = torch.zeros_like(v)
+        self.optimizer.step()       # makes the optimizer's state
+        for v in (*self.w, *(u for state in self.optimizer.state.values() for u in state.values() if isinstance(u, torch.Tensor))):
+            torch._dynamo.mark_static_address(v)        # or a CUDA graph would not be made of a step that changes it in place
         mode = 'reduce-overhead' if args.device.type == 'cuda' else 'max-autotune-no-cudagraphs'
         self.step = torch.compile(self.step, mode=mode)
 
-    def compile(self, dataset, pruned):
-        """Compiles the step, for pruned weights or not, and says how long that took; exits with one line if it cannot be."""
+    def compile(self, dataset, masked):
+        """Compiles the step, with a mask or without, and says how long that took; exits with one line if it cannot be."""
         began = time.perf_counter()
-        if pruned: self.left = [torch.ones_like(v[0], dtype=torch.bool) for v in self.w]
+        if masked: self.left = [torch.ones_like(v[0], dtype=torch.bool) for v in self.w]
         index = torch.zeros(self.size, self.B, dtype=torch.int64, device=self.args.device)
         torch._logging.set_logs(dynamo=logging.ERROR)
         try:
-            for _ in range(2): self.step(*dataset.tensors, index, index.float())      # the second has the optimizer's state
+            self.step(*dataset.tensors, index, index.float())
         except Exception as e:      # whatever torch.compile and the C++ compiler raise
             reason = str(getattr(e, 'inner_exception', e)).strip().splitlines()[0]
             fail(f'--compile 1: torch.compile does not work here ({reason}); leave the flag out', everyone=True)
@@ -395,15 +396,17 @@ def shares(S_t, n_k, size):
 
 def send(blob, rank):
     """Bytes to another process, which calls receive."""
-    dist.send(torch.tensor([len(blob)]), rank, group=GROUP['gloo'])
-    if blob: dist.send(torch.frombuffer(bytearray(blob), dtype=torch.uint8), rank, group=GROUP['gloo'])
+    with others():
+        dist.send(torch.tensor([len(blob)]), rank, group=GROUP['gloo'])
+        if blob: dist.send(torch.frombuffer(bytearray(blob), dtype=torch.uint8), rank, group=GROUP['gloo'])
 
 def receive(rank):
     """The bytes that the process `rank` sends."""
     length = torch.zeros(1, dtype=torch.int64)
-    dist.recv(length, rank, group=GROUP['gloo'])
-    blob = torch.zeros(int(length), dtype=torch.uint8)
-    if len(blob): dist.recv(blob, rank, group=GROUP['gloo'])
+    with others():
+        dist.recv(length, rank, group=GROUP['gloo'])
+        blob = torch.zeros(int(length), dtype=torch.uint8)
+        if len(blob): dist.recv(blob, rank, group=GROUP['gloo'])
     return blob.numpy().tobytes()
 
 #############################################
@@ -414,76 +417,72 @@ def flat(w):
     """The floating point tensors of the state_dict w, weights and buffers, as one vector on the CPU, (d,) float32."""
     return torch.cat([v.detach().flatten().float() for v in w.values() if v.is_floating_point()]).cpu()
 
+def shaped(vector, w):
+    """{name: its part of vector, (d,), in its shape and on its device} for the floating point tensors of w."""
+    like = {name: v for name, v in w.items() if v.is_floating_point()}
+    parts = vector.to(next(iter(like.values())).device).split([v.numel() for v in like.values()])
+    return {name: part.view(v.shape) for (name, v), part in zip(like.items(), parts)}
+
 def unflat(vector, w):
     """The state_dict like w with its floating point tensors from vector, (d,)."""
-    parts = iter(vector.to(next(iter(w.values())).device).split([v.numel() for v in w.values() if v.is_floating_point()]))
-    return {name: next(parts).view(v.shape).to(v.dtype) if v.is_floating_point() else v for name, v in w.items()}
+    return w | {name: v.to(w[name].dtype) for name, v in shaped(vector, w).items()}
 
-def masks(left, w):
-    """{name: bool tensor} of w's floating point tensors from left, (d,)."""
-    return {name: v.bool() for name, v in unflat(left.float(), w).items() if w[name].is_floating_point()}
+def unpruned(w, s):
+    """Which values of flat(w) are left when the fraction s of the weights in its matrices and filters goes, the smallest of them
+    all: (d,) bool. Biases stay."""
+    left = torch.cat([torch.full((v.numel(),), v.dim() < 2) for v in w.values() if v.is_floating_point()])
+    left[~left] = prune(flat(w)[~left], s)
+    return left
 
-def pruned(w, s):
-    """(w with the fraction s of the weights of its matrices and filters at zero, the smallest of them all; {name: bool tensor} of
-    what is left). Biases stay. (w, None) if s is None."""
-    if s is None: return w, None
-    v, left = flat(w), torch.cat([torch.full((u.numel(),), u.dim() <= 1) for u in w.values() if u.is_floating_point()])
-    left[~left] = prune(v[~left], s)
-    return unflat(v * left, w), masks(left, w)
-
-MESSAGE = struct.Struct('<qqd')     # k, n_k and loss, which go before the payload
+MESSAGE = struct.Struct('<qd')      # k and loss, which go before the payload
 
 class Wire:
     """What crosses between the server and its clients in a round, as bytes, counted: w down, w_k up, or, if --quantize or --topk
-    makes it smaller, w_k - w.
+    makes it smaller, w_k - w; of weights that are pruned, nothing. Float buffers count as weights.
 
     kept: {k: (d,) tensor}, what client k has not sent of its updates yet (error feedback). Rank 0 keeps those of simulated
-    clients and lends them to the processes that train these; a silo keeps its own.
+    clients and lends them to the processes that train these; a silo keeps its own. left: (d,) bool, the pruning mask; holders:
+    the clients that have it. A round changes these three by commit() alone. fp32: the bytes of a whole w.
     """
-    def __init__(self, args, w, rank=0, size=1):
-        self.args, self.rank, self.d, self.fp32 = args, rank, len(flat(w)), len(encode(flat(w)))
-        self.kept, self.saved, self.holders, self.zeros = {}, {}, set(), 0
-        self.left = torch.ones(self.d, dtype=torch.bool) if args.prune else slice(None)
+    def __init__(self, args, w, n_k=(), rank=0, size=1):
+        self.args, self.n_k, self.rank, self.d, self.fp32 = args, n_k, rank, len(flat(w)), len(encode(flat(w)))
+        self.kept, self.left, self.holders = {}, torch.ones(self.d, dtype=torch.bool), set()
         self.feedback = bool(args.topk and args.error_feedback)
+        self.remote = bool(args.silo and rank)
         # Silos' payloads, and smaller ones, go to rank 0; simulated fp32 is summed up where it is trained.
         self.gathers = size > 1 and bool(args.silo or args.quantize or args.topk or args.prune)
+        self.saved, self.index, self.new = {}, slice(None), {}
 
-    def state(self, t):
-        """What a checkpoint of round t holds of it; of silos, which save one after the other, the one before too."""
-        if t not in self.saved: self.saved = dict(list(self.saved.items())[-1:] if self.args.silo else ()) | {t: dict(self.kept)}
-        return {'kept': self.saved, 'holders': sorted(self.holders), 'zeros': self.zeros}
-
-    def resume(self, state, t):
-        """Goes on from state, a checkpoint's (None: there is none here), after round t. Silos started again do not hold the mask."""
-        kept = (state or {'kept': {}})['kept']
-        if self.args.silo and self.feedback and t not in kept:
-            print(f'silo {self.rank}: no checkpoint of round {t} here; what it had not sent yet is lost', file=sys.stderr)
-        self.kept = dict(kept.get(t, {}))
-        if state: self.zeros, self.holders = state['zeros'], set() if self.args.silo else set(state['holders'])
-
-    def downlink(self, w, mask, S_t, tally):
-        """(w, mask) as S_t receive them: what is left of w, in fp32, and the mask if they do not hold it yet. w: a state_dict.
-
-        tally: a dict in which down_bytes is counted.
-        """
-        silo = self.args.silo and self.rank
-        if silo and self.rank not in S_t: return w, None
-        if silo:
-            payload, of_mask = receive(0), receive(0)
-            if of_mask: self.left = decode(of_mask, self.d).bool()
-            v = torch.zeros(self.d)
-            v[self.left] = decode(payload, len(v[self.left]))
-            return unflat(v, w), masks(self.left, w) if self.args.prune else None
-        if mask: self.left = torch.cat([v.flatten() for v in mask.values()]).cpu()
-        payload, of_mask, new = encode(flat(w)[self.left]), b'', set()
-        zeros = self.d - len(flat(w)[self.left])
-        if zeros != self.zeros: self.zeros, self.holders = zeros, set()
-        if zeros: of_mask, new = encode(self.left.float(), quantize=1), set(S_t) - self.holders     # 0 and 1 are levels: exact
-        self.holders |= new
-        if self.rank == 0: tally['down_bytes'] += len(S_t) * len(payload) + len(new) * len(of_mask)
+    def downlink(self, w, s, S_t, tally):
+        """(w, mask) as S_t receive them: w in fp32 without the fraction s that is pruned (None: nothing ever), and the mask, {name:
+        bool tensor} or None, sent to those that do not hold it. Counts tally's down_bytes."""
+        if self.remote: return self.received(w, S_t)
+        v, left = flat(w), self.left if s is None else unpruned(w, s)
+        holders = self.holders if torch.equal(left, self.left) else set()
+        payload, of_mask = encode(v[self.indexed(left)]), b'' if left.all() else encode(left.float(), quantize=1)  # 0, 1: exact
+        lacking = set(S_t) - holders if of_mask else set()
+        if self.rank == 0: tally['down_bytes'] += len(S_t) * len(payload) + len(lacking) * len(of_mask)
         for k in S_t if self.args.silo else ():
-            if k: send(payload, k), send(of_mask if k in new else b'', k)
-        return w, mask
+            if k: send(payload, k), send(of_mask if k in lacking else b'', k)
+        self.next = left, holders | set(S_t)
+        return (w, None) if s is None else (unflat(v * left, w), shaped(left, w))
+
+    def received(self, w, S_t):
+        """(w, mask) as rank 0 has sent them to this silo, if it asks it in this round."""
+        left = self.left
+        if self.rank in S_t:
+            payload, of_mask = receive(0), receive(0)
+            if of_mask: left = decode(of_mask, self.d).bool()
+            v = torch.zeros(self.d)
+            v[self.indexed(left)] = decode(payload, int(left.sum()))
+            w = unflat(v, w)
+        self.next = left, set()
+        return w, shaped(left, w) if self.args.prune else None
+
+    def indexed(self, left):
+        """Where left is True: what this round's vectors are indexed with."""
+        self.index, self.new = slice(None) if left.all() else left.nonzero().flatten(), {}
+        return self.index
 
     def uplink(self, updates, w, t, dealt, tally):
         """(k, w_k, n_k, loss) in, (w_k, n_k) out for those that the server accepts; where payloads are gathered, at rank 0 alone.
@@ -496,7 +495,7 @@ class Wire:
         for k, payload, n_k, loss, rest in self.gathered(self.packed(updates, base, t), dealt):
             tally['up_bytes'] += len(payload)
             v = base.clone()
-            try: v[self.left] += decode(payload, len(v[self.left]))
+            try: v[self.index] += decode(payload, len(v[self.index]))
             except ValueError as e:
                 tally['rejected'] += 1
                 print(f'client {k} is left out: {e}')
@@ -505,51 +504,63 @@ class Wire:
             tally['clients'] += 1
             tally['m_t'] += n_k
             tally['loss'] += n_k * loss
-            if rest is not None: self.kept[k] = rest
+            if rest is not None: self.new[k] = rest
             yield unflat(v, w), n_k
 
     def packed(self, updates, base, t):
-        """The clients' side: (k, w_k, n_k, loss) in, (k, payload, n_k, loss, what stays behind or None) out."""
+        """The clients' side: (k, w_k, n_k, loss) in, (k, payload, n_k, loss, what it keeps back or None) out."""
         for k, w_k, n_k, loss in updates:
-            x, rest = (flat(w_k) - base)[self.left], None
-            if self.feedback and k in self.kept: x += self.kept[k][self.left]
+            x, rest = (flat(w_k) - base)[self.index], None
+            if k in self.kept: x += self.kept[k][self.index]
             payload = encode(x, self.args.quantize, self.args.topk, self.args.quantize and rng(self.args.seed, 'quantize', t, k))
-            with contextlib.suppress(ValueError):       # a payload that will be refused takes nothing of what was left before
-                if self.feedback:
-                    sent = decode(payload, len(x))
+            if self.feedback:
+                try:
                     rest = torch.zeros(self.d)
-                    rest[self.left] = x - sent
-            if self.args.silo and rest is not None: self.kept[k] = rest
+                    rest[self.index] = x - decode(payload, len(x))
+                except ValueError: rest = None      # it will be refused: what was kept before stays
+            if self.remote and rest is not None: self.new[k] = rest
             yield k, payload, n_k, loss, rest
 
     def gathered(self, messages, dealt):
         """The messages of all processes at rank 0, and none elsewhere; where nothing is gathered, this process's own."""
-        if not self.gathers: return messages
-        messages = list(messages)
+        if not self.gathers or self.rank == 0: yield from messages
+        if not self.gathers: return
+        messages = list(messages) if self.rank else []
         all_sum([])         # all have trained
-        with others():
-            if self.rank:
-                for k, payload, n_k, loss, rest in messages:
-                    send(MESSAGE.pack(k, n_k, loss), 0)
-                    send(payload, 0)
-                    send(b'' if rest is None or self.args.silo else rest.numpy().tobytes(), 0)
-                return []
-            for rank, ks in list(enumerate(dealt))[1:]:
-                for _ in ks:
-                    (k, n_k, loss), payload, rest = MESSAGE.unpack(receive(rank)), receive(rank), receive(rank)
-                    messages.append((k, payload, n_k, loss, torch.frombuffer(bytearray(rest), dtype=torch.float32) if rest else None))
-        return messages
+        for k, payload, _, loss, rest in messages:
+            send(MESSAGE.pack(k, loss), 0)
+            send(payload, 0)
+            send(b'' if rest is None or self.args.silo else rest.numpy().tobytes(), 0)
+        for rank, ks in enumerate(dealt):
+            for _ in ks if rank and not self.rank else ():
+                (k, loss), payload, rest = MESSAGE.unpack(receive(rank)), receive(rank), receive(rank)
+                yield k, payload, int(self.n_k[k]), loss, torch.frombuffer(bytearray(rest), dtype=torch.float32) if rest else None
 
     def lend(self, dealt):
-        """What rank 0 keeps for the clients of another process, to that process."""
-        with others():
-            for rank, ks in list(enumerate(dealt))[1:]:
-                for k in ks:
-                    if self.rank == 0: send(self.kept[k].numpy().tobytes() if k in self.kept else b'', rank)
-                    elif self.rank == rank:
-                        rest = receive(0)
-                        self.kept.pop(k, None)
-                        if rest: self.kept[k] = torch.frombuffer(bytearray(rest), dtype=torch.float32)
+        """What rank 0 keeps for clients that other processes train, to these."""
+        if self.rank: self.kept = {}
+        for rank, ks in enumerate(dealt):
+            for k in ks if rank else ():
+                if self.rank == 0: send(self.kept[k].numpy().tobytes() if k in self.kept else b'', rank)
+                elif self.rank == rank and (rest := receive(0)): self.kept[k] = torch.frombuffer(bytearray(rest), dtype=torch.float32)
+
+    def commit(self):
+        """Takes over what the round has changed."""
+        self.kept, (self.left, self.holders) = self.kept | self.new, self.next
+
+    def state(self, t):
+        """What a checkpoint after round t holds of it; of silos, which save one after the other, also the one before."""
+        if t not in self.saved: self.saved = dict(list(self.saved.items())[-1:] if self.args.silo else ()) | {t: self.kept}
+        return {'kept': self.saved, 'left': self.left, 'holders': sorted(self.holders)}
+
+    def resume(self, state, t):
+        """Goes on from state, a checkpoint's (None: there is none here), after round t. Silos started again do not hold the mask."""
+        kept = state['kept'] if state else {}
+        if self.args.silo and self.feedback and t not in kept:
+            print(f'silo {self.rank}: no checkpoint of round {t} here; what it had not sent yet is lost', file=sys.stderr)
+        self.kept = kept.get(t, {})
+        self.saved = {t: self.kept}
+        if state and not self.args.silo: self.left, self.holders = state['left'], set(state['holders'])
 
 #############################################
 #      What is kept: log, checkpoint, plot  #
@@ -599,7 +610,7 @@ def save(path, options, w, history, wire, wait=False):
         torch.save({'options': options, 'w': w, 'history': history, 'wire': wire.state(len(history))}, path + '.tmp')
         os.replace(path + '.tmp', path)
     except (OSError, RuntimeError) as e:    # torch.save raises the latter when the disk is full
-        fail(f'--checkpoint {path}: could not be written ({str(e).splitlines()[0]}); an earlier one is as it was')
+        fail(f'--checkpoint {path}: could not be written ({str(e).splitlines()[0]}); an earlier one is as it was', everyone=True)
     if wait and wire.rank: all_sum([])
 
 def restore(path, options):
@@ -607,13 +618,14 @@ def restore(path, options):
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         was, w, history, wire = {**vars(args_parser([])), **saved['options']}, dict(saved['w']), list(saved['history']), saved['wire']
+        if not {'kept', 'left', 'holders'} <= wire.keys(): raise ValueError('half empty')
         if not w or not all(set(COLUMNS) <= set(row) for row in history): raise ValueError('half empty')
     except Exception as e:      # what torch.load raises for foreign bytes is not documented
-        fail(f'--checkpoint {path}: not a checkpoint of this program ({type(e).__name__}); name one, or leave --resume out')
+        fail(f'--checkpoint {path}: not a checkpoint of this program ({type(e).__name__}); name one, or leave --resume out', everyone=True)
     other = [name for name, v in options.items() if name not in FREE and was[name] != v]
     if other:
         fail('--resume 1: the checkpoint was made with ' + ', '.join(f'--{name} {was[name]} (given: {options[name]})' for name in other)
-             + '; give the same, or another --checkpoint')
+             + '; give the same, or another --checkpoint', everyone=True)
     return was, w, history, wire
 
 def plot(path, history):
@@ -638,6 +650,12 @@ def progress(args, history):
           f'up {row["up_bytes"] / 1e6:.3g} MB in {row["upload_seconds"]:.2g} s   down {row["down_bytes"] / 1e6:.3g} MB   '
           f'{row["seconds"]:.2f} s   {row["seconds"] * (args.epochs - row["round"]):.0f} s left', flush=True)
 
+def reached(args, history):
+    """Rounds to --target, or None. Before the last round of --prune's schedule none counts: the model is not pruned yet."""
+    before = (args.prune_end or 1) - 1
+    rounds = rounds_to(args.target or math.inf, [row['test_acc'] for row in history[before:]])
+    return rounds and before + rounds
+
 def summary(args, history, fp32):
     """The run's end in a few lines: accuracy, time, bytes beside the fp32 bytes of a whole w, and the rounds to --target."""
     accuracies = [row['test_acc'] for row in history]
@@ -647,13 +665,13 @@ def summary(args, history, fp32):
           f'last {100 * accuracies[-1]:.2f} %')
     sent = list(itertools.accumulate((row['up_bytes'] for row in history), initial=0))
     payloads = sum(row['clients'] + row['rejected'] for row in history)
-    print(f'uploaded {sent[-1] / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times smaller than fp32, a client at a time in '
-          f'{sum(row["upload_seconds"] for row in history):.1f} s at {args.bandwidth:g} MB/s; downloaded '
+    print(f'uploaded {sent[-1] / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times smaller than fp32, in '
+          f'{sum(row["upload_seconds"] for row in history):.1f} s at {args.bandwidth:g} MB/s a client; downloaded '
           f'{sum(row["down_bytes"] for row in history) / 1e6:.2f} MB')
     if args.target:
-        reached = rounds_to(args.target, accuracies)
-        print(f'rounds to {100 * args.target:.2f} %: ' + (f'{reached:.1f}, with {np.interp(reached, range(len(sent)), sent) / 1e6:.2f} MB '
-              'uploaded' if reached else f'not reached in {len(history)} rounds'))
+        rounds = reached(args, history)
+        print(f'rounds to {100 * args.target:.2f} %: ' + (f'{rounds:.1f}, with {np.interp(rounds, range(len(sent)), sent) / 1e6:.2f} MB '
+              'uploaded' if rounds else f'not reached in {len(history)} rounds'))
 
 #############################################
 #              Algorithm 1: main            #
@@ -673,7 +691,8 @@ def device_of(gpu):
 
 def agree(options, first):
     """Exits with one line if this silo was started under other options than the first, in what the weights depend on."""
-    other = [name for name, v in options.items() if name not in FREE - {'epochs', 'target'} and v != first[name]]
+    other = [name for name, v in options.items() if name not in FREE - {'epochs', 'target', 'save_every'} and v != first[name]]
+    if bool(options['checkpoint']) != bool(first['checkpoint']): other.append('checkpoint')
     if other:
         fail('--silo 1: the first silo has ' + ', '.join(f'--{name} {first[name]}' for name in other) + '; give the same',
              everyone=True)
@@ -707,7 +726,7 @@ def main(argv=None):
     rank, size = processes(args.device)
     if args.silo: agree(options, from_rank_0(options))
     if rank: sys.stdout, args.log, args.plot = open(os.devnull, 'w'), None, None        # rank 0's alone
-    if rank: args.checkpoint = f'{args.checkpoint}.{rank}' if args.checkpoint and args.silo and args.topk else None   # what a silo keeps
+    if rank: args.checkpoint = args.checkpoint and args.silo and args.topk and f'{args.checkpoint}.{rank}'      # what a silo keeps
     saved = args.checkpoint and args.resume and os.path.exists(args.checkpoint)
     was, w, history, state = restore(args.checkpoint, options) if saved else ({}, None, [], None)
     was, w, history = from_rank_0((was, w, history))
@@ -722,7 +741,7 @@ def main(argv=None):
     if args.device.type == 'cpu': net = net.to(memory_format=torch.channels_last)       # no change but for convolutions
     if w: net.load_state_dict(w)
     w = copy.deepcopy(net.state_dict())
-    wire = Wire(args, w, rank, size)
+    wire = Wire(args, w, n_k, rank, size)
     if history: wire.resume(state, len(history))
     average = FedAvg if args.silo else functools.partial(FedAvg, all_sum=all_sum)       # of silos only rank 0 has updates
     B = min(args.local_bs, max(map(len, parts.values())))
@@ -737,14 +756,14 @@ def main(argv=None):
     code = 0
     try:
         for t in range(len(history) + 1, args.epochs + 1):
-            if args.target and history and max(row['test_acc'] for row in history) >= args.target: break
+            if reached(args, history): break
             began = time.perf_counter()
             tally = dict.fromkeys(('clients', 'rejected', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
 
             S_t = select(K, args.frac, rng(args.seed, 'select', t)).tolist()
             dealt = [[k] if k in S_t else [] for k in range(size)] if args.silo else shares(S_t, n_k, size)
-            w_t, mask = pruned(w, args.prune and sparsity(t, args.prune, args.prune_begin, args.prune_end))
-            w_t, mask = wire.downlink(w_t, mask, S_t, tally)
+            s = args.prune and sparsity(t, args.prune, args.prune_begin, args.prune_end)
+            w_t, mask = wire.downlink(w, s, S_t, tally)
             net.load_state_dict(w_t)
             updates = clients(args, net, train, parts, dealt[rank], t, mask)        # (k, w_k, n_k, loss), one at a time
             updates = wire.uplink(updates, w_t, t, dealt, tally)                    # (w_k, n_k) of those that are accepted
@@ -765,6 +784,7 @@ def main(argv=None):
             row['upload_seconds'] = row['up_bytes'] / (row['clients'] + row['rejected']) / 1e6 / args.bandwidth
             row['seconds'] = time.perf_counter() - began
             w, history = w_next, history + [row]
+            wire.commit()
 
             rows(log).writerow(row)
             log.flush()

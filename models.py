@@ -110,8 +110,7 @@ class CNNMnist(nn.Module):
         return self.fc2(F.dropout(x, training=self.training))           # (B, 10)
 
 class CNNCifar(nn.Module):
-    """LeNet-5's shape on 32x32 images; 62,006 parameters, 59,858 if args.separable. Of args: num_channels,
-    num_classes."""
+    """LeNet-5's shape on 32x32; 62,006 parameters, 59,858 if args.separable. Of args: num_channels, num_classes."""
     def __init__(self, args):
         super().__init__()
         self.conv1 = nn.Conv2d(args.num_channels, 6, 5)

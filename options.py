@@ -98,7 +98,7 @@ def args_parser(argv=None):
     switch('error_feedback', 1, 'with --topk: a client keeps what it did not send and adds it next time')
     add('prune', None, number(float, 0, 0.9999, above=True), 'fraction of the weights pruned by magnitude in the end, biases stay')
     add('prune_begin', None, number(int, 0), 'with --prune: the last round without pruning; 0 if not given')
-    add('prune_end', None, number(int, 1), 'with --prune: the round from which on all of it is pruned, a cubic between; 30 if not given')
+    add('prune_end', None, number(int, 1), 'with --prune: the round from which on all of it is pruned, a cubic between; 30, or the last, if not given')
     switch('separable', 0, '1: the second convolution of --model cnn is depthwise, then pointwise')
     add('bandwidth', 1.0, number(float, 0, above=True), "a client's upload in MB/s, for the time that its uploads would take; the paper has 1")
     switch('silo', 0, '1: every process that torchrun starts is one client with its own --data_dir; K is their number')
@@ -134,7 +134,7 @@ def check(args):
     given = [f'--{name} {getattr(args, name)}' for name in ('prune_begin', 'prune_end') if getattr(args, name) is not None]
     if given and not args.prune: fail(f'{given[0]}: nothing is pruned; add --prune, or leave it out')
     if args.prune:
-        args.prune_begin, args.prune_end = args.prune_begin or 0, args.prune_end or 30
+        args.prune_begin, args.prune_end = args.prune_begin or 0, args.prune_end or min(30, args.epochs)
         if not args.prune_begin < args.prune_end <= args.epochs:
             fail(f'--prune_begin {args.prune_begin}, --prune_end {args.prune_end}: the end comes after the beginning and by the last '
                  f'round, --epochs {args.epochs}')

@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import weakref
 import zlib
 from types import SimpleNamespace
@@ -96,11 +97,9 @@ def toy(n=12, dim=5, seed=0):
     return TensorDataset(torch.randn(n, dim), torch.randint(3, (n,))), nn.Linear(dim, 3)
 
 def wired(w, **more):
-    """A Wire for weights like w, set back to its beginning, and an empty tally."""
+    """A Wire for weights like w, and an empty tally."""
     args = SimpleNamespace(**dict(quantize=None, topk=None, error_feedback=1, prune=None, silo=0, verbose=0, seed=1) | more)
-    wire = fedavg.Wire(args, w)
-    wire.downlink(w, None, [], {'down_bytes': 0})
-    return wire, dict.fromkeys(('clients', 'rejected', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
+    return fedavg.Wire(args, w), dict.fromkeys(('clients', 'rejected', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -363,7 +362,7 @@ def test_what_cannot_be_stacked_is_refused_or_left_to_the_loop(capsys):
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
 def test_the_compiled_step_equals_the_plain_one(run, tmp_path, capsys):
-    for name in ('0', '1'): run(f'--frac 0.7 --unequal 1 --momentum 0.5 --lr_decay 0.9 --lr 0.02 --local_bs 40 --compile {name} --checkpoint {tmp_path}/{name}')
+    for name in ('0', '1'): run(f'--frac 0.7 --unequal 1 --momentum 0.5 --lr_decay 0.9 --lr 0.02 --local_bs 40 --prune 0.5 --compile {name} --checkpoint {tmp_path}/{name}')
     a, b = weights(tmp_path / '0'), weights(tmp_path / '1')
     assert all((a[name] - b[name]).norm() <= 1e-5 * a[name].norm() for name in a)
     assert capsys.readouterr().out.count('--compile 1: compiled in') == 1
@@ -460,6 +459,8 @@ def test_a_silo_that_dies_is_named(tmp_path):
 #                 The wire                  #
 #############################################
 
+SMALLER = '--quantize 8 --topk 0.1 --prune 0.5 --prune_end 2'
+
 def test_a_payload_is_its_header_its_values_and_a_checksum():
     v = torch.tensor([0.0, 3.0, 1.0, 2.0, 3.0])
     head = b'FAvg' + bytes([2, 0]) + struct.pack('<IIff', 5, 5, 0.0, 1.0)
@@ -497,7 +498,7 @@ def test_topk_keeps_the_largest_under_the_shorter_index_coding(bits):
         if not bits: assert torch.equal(got[largest], v[largest])
 
 def test_damaged_and_foreign_bytes_raise_valueerror_and_nothing_else():
-    draw, v = np.random.default_rng(0), torch.randn(300)
+    draw, v = np.random.default_rng(0), torch.randn(300, generator=torch.Generator().manual_seed(0))
     wholes = [compress.encode(v, bits, f) for bits in (None, 1, 5, 8) for f in (None, 0.02, 0.5)]
     sign = lambda body: body + struct.pack('<I', zlib.crc32(body))
     refused = 0
@@ -519,7 +520,10 @@ def test_damaged_and_foreign_bytes_raise_valueerror_and_nothing_else():
     for d in (0, 299, 301, 2**32):
         with pytest.raises(ValueError, match='not of'): compress.decode(wholes[0], d)
     huge = b'FAvg' + bytes([32, 0]) + struct.pack('<IIff', 2**32 - 1, 2**32 - 1, 0, 0)
-    with pytest.raises(ValueError, match='were to come'): compress.decode(sign(huge), 2**32 - 1)      # not 16 GiB first
+    tracemalloc.start()
+    with pytest.raises(ValueError, match='were to come'): compress.decode(sign(huge), 2**32 - 1)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 @pytest.mark.parametrize('bits', [None, 8])
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
@@ -527,19 +531,63 @@ def test_what_is_not_finite_is_refused(bits, bad):
     with pytest.raises(ValueError, match='NaN'): compress.decode(compress.encode(torch.tensor([1.0, bad, 2.0]), bits), 3)
     with pytest.raises(ValueError, match='NaN'): compress.decode(compress.encode(torch.tensor([3e38, -3e38, 1]), 8), 3)
 
+def test_a_damaged_payload_is_left_out_of_its_round_and_counted(run, monkeypatch, capsys):
+    real, seen = compress.encode, []
+    def damaged(*words, **more):
+        payload = bytearray(real(*words, **more))
+        if payload[4] == 8:         # an upload
+            seen.append(0)
+            if len(seen) == 2: payload[1000] ^= 1
+        return bytes(payload)
+    monkeypatch.setattr(fedavg, 'encode', damaged)
+    history = run('--quantize 8 --epochs 2')
+    assert [(row['clients'], row['rejected']) for row in history] == [(2, 1), (3, 0)] and history[0]['up_bytes'] == history[1]['up_bytes']
+    assert 'its checksum is wrong' in capsys.readouterr().out
+
+def test_a_target_counts_for_the_pruned_model_only(run, capsys):
+    history = run('--epochs 5 --prune 0.9 --prune_end 4 --target 0.01')
+    assert len(history) == 4 and 'rounds to 1.00 %: 4.0' in capsys.readouterr().out
+
 def test_encode_refuses_settings_that_do_not_exist():
-    for more in (dict(quantize=0), dict(quantize=17), dict(quantize=2.5), dict(topk=0), dict(topk=1.5)):
+    for more in (dict(quantize=0), dict(quantize=17), dict(quantize=8.0), dict(quantize=True), dict(topk=0), dict(topk=1.5)):
         with pytest.raises(ValueError): compress.encode(torch.ones(3), **more)
 
 def test_what_a_client_does_not_send_it_adds_next_time():
     w = {'v': torch.zeros(4)}
+    def sent(v, t=1):
+        wire.downlink(w, None, [7], tally)
+        got = [w_k['v'].tolist() for w_k, _ in wire.uplink([(7, {'v': torch.tensor(v)}, 1, 0.0)], w, t, [], tally)]
+        wire.commit()
+        return got
     wire, tally = wired(w, topk=0.25)
-    sent = lambda v: next(wire.uplink([(7, {'v': torch.tensor(v)}, 1, 0.0)], w, 1, [], tally))[0]['v'].tolist()
-    assert sent([3.0, 2.0, 0.5, 0.0]) == [3, 0, 0, 0] and wire.kept[7].tolist() == [0, 2, 0.5, 0]
-    assert sent([0.0, 1.0, 0.5, 2.5]) == [0, 3, 0, 0] and wire.kept[7].tolist() == [0, 0, 1, 2.5]
-    assert list(wire.uplink([(7, {'v': torch.tensor([math.nan] * 4)}, 1, 0.0)], w, 1, [], tally)) == [] and wire.kept[7].tolist() == [0, 0, 1, 2.5]
+    assert sent([3.0, 2.0, 0.5, 0.0]) == [[3, 0, 0, 0]] and wire.kept[7].tolist() == [0, 2, 0.5, 0]
+    assert sent([0.0, 1.0, 0.5, 2.5]) == [[0, 3, 0, 0]] and wire.kept[7].tolist() == [0, 0, 1, 2.5]
+    assert sent([math.nan] * 4) == [] and wire.kept[7].tolist() == [0, 0, 1, 2.5]
     wire, tally = wired(w, topk=0.25, error_feedback=0)
-    assert sent([3.0, 2.0, 0.5, 0.0]) == [3, 0, 0, 0] and sent([0.0, 1.0, 0.5, 2.5]) == [0, 0, 0, 2.5] and not wire.kept
+    assert sent([3.0, 2.0, 0.5, 0.0]) == [[3, 0, 0, 0]] and sent([0.0, 1.0, 0.5, 2.5]) == [[0, 0, 0, 2.5]] and not wire.kept
+    wire, tally = wired(w, topk=0.75, quantize=1)       # what rounding has added is kept back too
+    got = sent([1.0, 0.4, 0.3, 0.2])
+    assert got[0][3] == 0 and (torch.tensor(got[0]) + wire.kept[7]).tolist() == pytest.approx([1, 0.4, 0.3, 0.2])
+
+def test_each_round_rounds_anew(monkeypatch):
+    w, draws = {'v': torch.zeros(100)}, []
+    wire, tally = wired(w, quantize=1)
+    wire.downlink(w, None, [7], tally)
+    v = {'v': torch.linspace(-1, 1, 100)}
+    a, b, again, other = (next(wire.uplink([(k, v, 1, 0.0)], w, t, [], tally))[0]['v'] for k, t in ((7, 1), (7, 2), (7, 1), (8, 1)))
+    assert torch.equal(a, again) and not torch.equal(a, b) and not torch.equal(a, other)
+
+def test_what_a_round_changes_is_kept_when_it_is_done():
+    w = {'v': torch.arange(1.0, 17).view(4, 4)}
+    wire, tally = wired(w, topk=0.25, prune=0.5)
+    wire.downlink(w, 0.25, [1], tally), wire.commit()
+    before = wire.state(1)
+    wire.downlink(w, 0.5, [2], tally)
+    list(wire.uplink([(2, {'v': torch.ones(4, 4)}, 1, 0.0)], w, 2, [], tally))
+    again = wire.state(1)
+    assert again['kept'] == before['kept'] == {1: {}} and again['holders'] == [1] and again['left'].sum() == 12
+    wire.commit()
+    assert list(wire.state(2)['kept'][2]) == [2] and wire.state(2)['holders'] == [2] and wire.state(2)['left'].sum() == 8
 
 def test_float_buffers_travel_with_the_weights():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).half()
@@ -555,15 +603,18 @@ def test_sparsity_is_zhu_and_guptas_cubic():
 
 def test_pruning_takes_the_smallest_weights_of_all_matrices_and_no_bias():
     w = {'a.weight': torch.tensor([[1.0, -5], [2, 6]]), 'a.bias': torch.tensor([0.1, 0]), 'b.weight': torch.tensor([[-3.0, 0.2]]), 'n': torch.tensor(7)}
-    v, mask = fedavg.pruned(w, 0.5)
+    wire, tally = wired(w, prune=0.5)
+    v, mask = wire.downlink(w, 0.5, [0], tally)
     assert v['a.weight'].tolist() == [[0, -5], [0, 6]] and v['b.weight'].tolist() == [[-3, 0]] and same(mask, {
         'a.weight': v['a.weight'] != 0, 'a.bias': torch.tensor([True, True]), 'b.weight': v['b.weight'] != 0})
-    assert torch.equal(v['a.bias'], w['a.bias']) and v['n'] == 7 and fedavg.pruned(w, None) == (w, None)
+    assert torch.equal(v['a.bias'], w['a.bias']) and v['n'] == 7 and wire.downlink(w, None, [0], tally) == (w, None)
+    assert compress.prune(torch.tensor([0.0, 1, -1, 0, 1, 1]), 0.5).tolist() == [False, False, True, False, True, True]    # ties: the first go
 
 @pytest.mark.parametrize('more', [{}, {'momentum': 0.9, 'lr': 0.02}, {'optimizer': 'adamw', 'lr': 0.001}])
 def test_pruned_weights_stay_zero_in_both_engines(more):
     dataset, net = image_toy('2nn')
-    w, mask = fedavg.pruned(net.state_dict(), 0.7)
+    wire, tally = wired(net.state_dict(), prune=0.7)
+    w, mask = wire.downlink(net.state_dict(), 0.7, [], tally)
     net.load_state_dict(w)
     loop, stacked = both(client_args(local_bs=4, **more), net, dataset, sampling.partition(dataset.tensors[1], 3), mask=mask)
     for k, (w_k, _, _) in loop.items():
@@ -581,12 +632,14 @@ def test_the_final_model_has_exactly_the_sparsity_asked_for(run, tmp_path, words
 def test_the_mask_is_counted_once_for_each_client_when_it_changes():
     w = {'v': torch.arange(1.0, 17).view(4, 4)}
     wire, down = wired(w, prune=0.5)[0], []
-    for s, S_t in ((0, [1, 2]), (0.5, [1, 2]), (0.5, [2, 3]), (0.5, [1, 3]), (0.75, [1])):
+    for s, S_t in ((0, [1, 2]), (0.5, [1, 2]), (0.5, [2, 3]), (0.5, [1, 3]), (0.75, [1]), (0.75, [1])):
         tally = {'down_bytes': 0}
-        wire.downlink(*fedavg.pruned(w, s), S_t, tally)
+        w, _ = wire.downlink(w, s, S_t, tally)
+        wire.commit()
         down.append(tally['down_bytes'])
+        if len(down) == 5: w = {'v': w['v'].flip(0)}        # as many pruned, but others
     values = lambda n: 26 + 4 * n
-    assert down == [2 * values(16), 2 * (values(8) + 28), 2 * values(8) + 28, 2 * values(8), values(4) + 28]       # a mask: 26 + 16 bits
+    assert down == [2 * values(16), 2 * (values(8) + 28), 2 * values(8) + 28, 2 * values(8), values(4) + 28, values(4) + 28]      # a mask: 26 + 16 bits
 
 def test_bytes_in_the_log_are_those_of_the_payloads(run, tmp_path, monkeypatch, capsys):
     sent, encode = [], compress.encode
@@ -616,8 +669,6 @@ def test_a_smaller_wire_is_the_same_in_both_engines(run, tmp_path):
     a, b = weights(tmp_path / 'loop'), weights(tmp_path / 'stacked')
     assert all((a[name] - b[name]).norm() <= 1e-3 * a[name].norm() for name in a)
 
-SMALLER = '--quantize 8 --topk 0.1 --prune 0.5 --prune_end 2'
-
 def test_two_processes_send_what_one_sends(data, run, tmp_path):
     words = f'{SMALLER} --engine loop --epochs 4'
     two = torchrun(f'{words} --checkpoint {tmp_path}/two --log {tmp_path}/two.csv', data)
@@ -634,7 +685,7 @@ def test_two_processes_send_what_one_sends(data, run, tmp_path):
 def test_silos_send_bytes_and_go_on_with_what_they_kept(tmp_path):
     for rank, n in enumerate((60, 30)): write_mnist(tmp_path / f'silo{rank}', train=n, test=30)
     for name, epochs in (('full', 4), ('part', 2), ('part', 4)):
-        words = f'--silo 1 --frac 1 {SMALLER} --checkpoint {tmp_path}/{name} --log {tmp_path}/{name}.csv --resume --epochs {epochs}'
+        words = f'--silo 1 --frac 0.5 {SMALLER} --checkpoint {tmp_path}/{name} --log {tmp_path}/{name}.csv --resume --epochs {epochs}'
         silos = torchrun(words, f'{tmp_path}/silo{{rank}}')
         out, err = silos.communicate(timeout=100)
         assert silos.returncode == 0 and 'is lost' not in err, err
@@ -883,7 +934,7 @@ def test_log_holds_the_options_and_one_row_a_round(run, tmp_path):
     assert [r['round'] for r in rows] == ['1', '2', '3'] and {r['clients'] for r in rows} == {'3'}
     assert [float(r['test_acc']) for r in rows] == [row['test_acc'] for row in history]
 
-@pytest.mark.parametrize('words', ['--unequal 1 --momentum 0.5', '--model mlp --optimizer adamw --lr 0.001 --lr_decay 0.9', '--iid 0 --model cnn'])
+@pytest.mark.parametrize('words', ['--unequal 1 --momentum 0.5', f'{SMALLER} --frac 0.8', '--model mlp --optimizer adamw --lr 0.001 --lr_decay 0.9', '--iid 0 --model cnn'])
 def test_a_resumed_run_equals_the_uninterrupted_one(run, words, tmp_path):
     full = run(f'{words} --epochs 4 --checkpoint {tmp_path}/full')
     run(f'{words} --epochs 2 --checkpoint {tmp_path}/part --log {tmp_path}/l.csv')

@@ -31,9 +31,12 @@ def measure(words, data_dir, iid, seed):
     seconds = next(line for line in lines if ' rounds in ' in line).split()[3]
     return dict(setting=words, iid=iid, seed=seed, rounds='' if missed else last[4], megabytes='' if missed else last[6], seconds=seconds)
 
+def read(path):
+    with open(path) as f: return list(csv.DictReader(f))
+
 def table(path):
     """Mean rounds and MB of each setting, and how many times less than fp32's, as Markdown."""
-    with open(path) as f: rows = list(csv.DictReader(f))
+    rows = read(path)
     print('| setting | IID: rounds | MB | less than fp32 | non-IID: rounds | MB | less than fp32 |\n|---|---|---|---|---|---|---|')
     def cell(words, iid):
         ran = [r for r in rows if r['setting'] == words and r['iid'] == str(iid)]
@@ -41,7 +44,7 @@ def table(path):
         if len(reached) < max(len(ran), 1): return None, f'{len(ran) - len(reached)} of {len(ran)} missed' if ran else 'not run'
         rounds, megabytes = ([float(r[name]) for r in reached] for name in ('rounds', 'megabytes'))
         return statistics.mean(megabytes), f'{statistics.mean(rounds):.1f} ({min(rounds):.1f} to {max(rounds):.1f})'
-    for words in SETTINGS:
+    for words in SETTINGS + sorted({r['setting'] for r in rows} - set(SETTINGS)):
         line = [f'`{words}`' if words else 'fp32']
         for iid in (1, 0):
             megabytes, rounds = cell(words, iid)
@@ -59,7 +62,7 @@ def main():
     args = parser.parse_args()
     path = HERE / 'wire.csv'
     if args.show: return table(path)
-    done = {(r['setting'], r['iid'], r['seed']) for r in csv.DictReader(open(path))} if path.exists() else ()
+    done = {(r['setting'], r['iid'], r['seed']) for r in read(path)} if path.exists() else ()
     for iid, seed, words in itertools.product(args.iid, args.seeds, args.only):
         if (words, str(iid), str(seed)) in done: continue
         row = measure(words, os.path.abspath(args.data_dir), iid, seed)
