@@ -1040,7 +1040,7 @@ def test_plot_is_drawn(run, tmp_path):
     ('--resume --checkpoint no_such_file', 'no_such_file'), ('--silo 1', 'torchrun'),  ('--engine loop --compile 1', '--engine'),
     ('--quantize 0', 'at most 16'), ('--quantize 17', 'at most 16'), ('--topk 0', '--topk'), ('--topk 1.1', '--topk'), ('--error_feedback 0', '--topk'),
     ('--prune 1', '--prune'), ('--prune_end 5', 'add --prune'), ('--prune 0.5 --prune_begin 9 --prune_end 9', 'comes after'), ('--bandwidth 0', '--bandwidth'),
-    ('--prune 0.5 --epochs 20', '--epochs 20'), ('--separable 1', '--model cnn'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])
+    ('--prune 0.5 --prune_end 30 --epochs 20', '--epochs 20'), ('--separable 1', '--model cnn'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])
 def test_senseless_values_end_in_one_line_before_any_data_are_read(refused, monkeypatch, words, said):
     monkeypatch.setattr(fedavg, 'load', lambda *_: pytest.fail('data were read'))
     assert said in refused(words.split())
