@@ -18,7 +18,7 @@ SETTINGS = ['', '--quantize 8', '--quantize 4', '--quantize 2', '--quantize 1', 
             '--topk 0.01 --error_feedback 0', '--topk 0.01 --quantize 4', '--topk 0.01 --quantize 4 --error_feedback 0',
             '--prune 0.5 --prune_end 10', '--prune 0.9 --prune_end 10', '--topk 0.03 --quantize 4', '--topk 0.003 --quantize 4',
             '--topk 0.01 --quantize 2']
-LR, ROUNDS, TARGET = {1: 0.1, 0: 0.1}, {1: 100, 0: 400}, 0.97
+LR, ROUNDS, TARGET = {1: 0.1, 0: 0.1}, {1: 100, 0: 300}, 0.97
 
 def measure(words, data_dir, iid, seed):
     """One run's row: rounds and MB to the target as the program reports them, '' for a miss, and the seconds it took."""
