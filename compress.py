@@ -33,7 +33,8 @@ def encode(update, quantize=None, topk=None, draw=None):
     topk: the fraction, (0, 1], of values kept, those of largest magnitude, at least one; others count as zero.
     draw: the NumPy generator of the rounding. Raises ValueError for another setting; NaN and infinity are for decode to find.
     """
-    if quantize is not None and (type(quantize) is not int or not 1 <= quantize <= 16):
+    if not torch.is_floating_point(update) or update.dim() != 1: raise ValueError('the update is not a flat float tensor, (d,)')
+    if quantize is not None and (not isinstance(quantize, (int, np.integer)) or not 1 <= quantize <= 16):
         raise ValueError(f'quantize {quantize!r}: a whole number of 1 to 16 bits, or None')
     if topk is not None and not 0 < topk <= 1: raise ValueError(f'topk {topk}: a fraction above 0 and at most 1, or None')
     v, d = update.detach().float().cpu(), len(update)
@@ -56,6 +57,7 @@ def decode(payload, d):
 
     Nothing is allocated before the payload's own length has been found to be that of d values or fewer.
     """
+    d = int(d)
     if len(payload) < HEADER.size + CRC.size: raise ValueError(f'{len(payload)} bytes are too few for a header')
     magic, bits, coding, given, n, low, step = HEADER.unpack_from(payload)
     if magic != MAGIC: raise ValueError('not an encoded update')

@@ -621,7 +621,7 @@ def restore(path, options):
         if not {'kept', 'left', 'holders'} <= wire.keys(): raise ValueError('half empty')
         if not w or not all(set(COLUMNS) <= set(row) for row in history): raise ValueError('half empty')
     except Exception as e:      # what torch.load raises for foreign bytes is not documented
-        fail(f'--checkpoint {path}: not a checkpoint of this program ({type(e).__name__}); name one, or leave --resume out', everyone=True)
+        fail(f'--checkpoint {path}: not a checkpoint of this program ({type(e).__name__}); or of another version; name one, or leave --resume out', everyone=True)
     other = [name for name, v in options.items() if name not in FREE and was[name] != v]
     if other:
         fail('--resume 1: the checkpoint was made with ' + ', '.join(f'--{name} {was[name]} (given: {options[name]})' for name in other)
@@ -641,13 +641,17 @@ def plot(path, history):
     right.legend()
     figure.savefig(path, dpi=150)
 
+def upload_seconds(row, bandwidth):
+    """How long a round's mean upload takes at `bandwidth` MB/s: its clients upload side by side."""
+    return row['up_bytes'] / max(row['clients'] + row['rejected'], 1) / 1e6 / bandwidth
+
 def progress(args, history):
     """The last round in a line."""
     row = history[-1]
     print(f'round {row["round"]:4d}/{args.epochs}   train loss {row["train_loss"]:.4f}   test acc {100 * row["test_acc"]:.2f} %   '
           f'best {100 * max(r["test_acc"] for r in history):.2f} %   '
           + (f'{row["rejected"]} left out   ' if row['rejected'] else '') +
-          f'up {row["up_bytes"] / 1e6:.3g} MB in {row["upload_seconds"]:.2g} s   down {row["down_bytes"] / 1e6:.3g} MB   '
+          f'up {row["up_bytes"] / 1e6:.3g} MB ({row["upload_seconds"]:.3g} s a client)   down {row["down_bytes"] / 1e6:.3g} MB   '
           f'{row["seconds"]:.2f} s   {row["seconds"] * (args.epochs - row["round"]):.0f} s left', flush=True)
 
 def reached(args, history):
@@ -665,8 +669,9 @@ def summary(args, history, fp32):
           f'last {100 * accuracies[-1]:.2f} %')
     sent = list(itertools.accumulate((row['up_bytes'] for row in history), initial=0))
     payloads = sum(row['clients'] + row['rejected'] for row in history)
-    print(f'uploaded {sent[-1] / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times smaller than fp32, in '
-          f'{sum(row["upload_seconds"] for row in history):.1f} s at {args.bandwidth:g} MB/s a client; downloaded '
+    seconds_up = sum(upload_seconds(row, args.bandwidth) for row in history)
+    print(f'uploaded {sent[-1] / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times smaller than fp32, {seconds_up:.3g} s for a '
+          f'client of each round at {args.bandwidth:g} MB/s; downloaded '
           f'{sum(row["down_bytes"] for row in history) / 1e6:.2f} MB')
     if args.target:
         rounds = reached(args, history)
@@ -707,7 +712,7 @@ def holdings(args, rank, size):
     if not first: all_sum([])       # waits: the first process of a machine may have to download what the others then find
     folder, seed = (args.data_dir.replace('{rank}', str(rank)), args.seed + rank) if args.silo else (args.data_dir, args.seed)
     try:
-        train, test = load(args.dataset, folder, seed)
+        train, test = load(args.dataset, folder, seed, not args.silo)
         if not args.silo: parts = partition(train.tensors[1], args.num_users, args.iid, args.alpha, args.unequal, args.seed)
     except (OSError, ValueError) as e: fail(e, everyone=True)
     if first: all_sum([])
@@ -724,6 +729,7 @@ def main(argv=None):
     if args.plot and not importlib.util.find_spec('matplotlib'):
         fail(f'--plot {args.plot}: needs matplotlib, which is not installed; pip install matplotlib, or leave --plot out')
     rank, size = processes(args.device)
+    if args.silo: args.num_users = options['num_users'] = size
     if args.silo: agree(options, from_rank_0(options))
     if rank: sys.stdout, args.log, args.plot = open(os.devnull, 'w'), None, None        # rank 0's alone
     if rank: args.checkpoint = args.checkpoint and args.silo and args.topk and f'{args.checkpoint}.{rank}'      # what a silo keeps
@@ -732,7 +738,7 @@ def main(argv=None):
     was, w, history = from_rank_0((was, w, history))
 
     train, test, parts = holdings(args, rank, size)
-    K = size if args.silo else args.num_users
+    K = args.num_users
     n_k = torch.tensor([len(parts.get(k, ())) for k in range(K)])
     if args.silo: all_sum([n_k])
     n_k = n_k.numpy()
@@ -781,7 +787,7 @@ def main(argv=None):
             row = dict.fromkeys(COLUMNS, '') | {
                 'round': t, 'train_loss': tally['loss'] / tally['m_t'], 'test_loss': test_loss, 'test_acc': test_acc,
                 **{name: int(tally[name]) for name in ('clients', 'rejected', 'up_bytes', 'down_bytes')}}
-            row['upload_seconds'] = row['up_bytes'] / (row['clients'] + row['rejected']) / 1e6 / args.bandwidth
+            row['upload_seconds'] = upload_seconds(row, args.bandwidth)
             row['seconds'] = time.perf_counter() - began
             w, history = w_next, history + [row]
             wire.commit()

@@ -20,7 +20,7 @@ DATASETS = {'mnist': (60000, 1, 10), 'fmnist': (60000, 1, 10), 'cifar': (50000, 
 
 def fail(message, everyone=False):
     """Ends the program as every bad input does: one line on stderr, exit code 2; from torchrun's first process, or everyone."""
-    if everyone or os.environ.get('RANK', '0') == '0': print(f'fedavg.py: error: {message}', file=sys.stderr)
+    if everyone or 'TORCHELASTIC_RUN_ID' not in os.environ or os.environ['RANK'] == '0': print(f'fedavg.py: error: {message}', file=sys.stderr)
     sys.exit(2)
 
 class Parser(argparse.ArgumentParser):
@@ -140,6 +140,9 @@ def check(args):
                  f'round, --epochs {args.epochs}')
     if args.silo and 'TORCHELASTIC_RUN_ID' not in os.environ:
         fail('--silo 1: every process is a client; start them with torchrun --nproc_per_node=K fedavg.py --silo 1 ...')
+    if '{rank}' in args.data_dir and not args.silo: fail(f'--data_dir {args.data_dir}: only silos have numbers; add --silo 1, or name a folder')
+    if args.silo and '{rank}' not in args.data_dir and args.dataset != 'synthetic' and os.environ.get('LOCAL_WORLD_SIZE', '1') != '1':
+        fail(f'--data_dir {args.data_dir}: all silos of this machine would have the same data; put {{rank}} into it')
     if args.silo and (not args.iid or args.unequal):
         fail('--silo 1: a silo holds the files it has; leave out --iid 0, --alpha and --unequal')
     # torchrun starts the same command line the first time and after a failure; by hand, a missing file is a typing error.

@@ -35,16 +35,17 @@ KINDS = {'mnist': datasets.MNIST, 'fmnist': datasets.FashionMNIST, 'cifar': data
 MEAN_STD = {'mnist': ((0.1307,), (0.3081,)), 'fmnist': ((0.2860,), (0.3530,)),
             'cifar': ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
 
-def load(name, data_dir, seed=0):
+def load(name, data_dir, seed=0, download=True):
     """Training and test set as two TensorDatasets: images (n, channels, h, w) standardised float32, labels (n,) int64.
 
-    name: 'mnist', 'fmnist', 'cifar', read through torchvision from data_dir (downloaded if missing there), or
+    name: 'mnist', 'fmnist', 'cifar', read through torchvision from data_dir (downloaded if missing there, and asked for), or
     'synthetic', drawn from seed. Raises OSError with one line that names the folder or the file at fault.
     """
     if name == 'synthetic': return synthetic(60000, seed, 'train'), synthetic(10000, seed, 'test')
     for path in files(name, data_dir):
         if os.path.exists(path) and not sound(path): raise OSError(f'{path} is truncated or corrupt; delete it and fetch it anew')
     missing = [path for path in files(name, data_dir) if not os.path.exists(path)]
+    if missing and not download: raise OSError(f'{os.path.abspath(data_dir)} lacks {", ".join(os.path.relpath(p, data_dir) for p in missing)}')
     try:
         sets = [KINDS[name](data_dir, train=train, download=True) for train in (True, False)]
     except Exception as e:      # torchvision raises anything from URLError to RuntimeError here

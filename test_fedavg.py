@@ -549,8 +549,11 @@ def test_a_target_counts_for_the_pruned_model_only(run, capsys):
     assert len(history) == 4 and 'rounds to 1.00 %: 4.0' in capsys.readouterr().out
 
 def test_encode_refuses_settings_that_do_not_exist():
-    for more in (dict(quantize=0), dict(quantize=17), dict(quantize=8.0), dict(quantize=True), dict(topk=0), dict(topk=1.5)):
+    for more in (dict(quantize=0), dict(quantize=17), dict(quantize=8.0), dict(topk=0), dict(topk=1.5)):
         with pytest.raises(ValueError): compress.encode(torch.ones(3), **more)
+    for update in (torch.ones(3, 2), torch.ones(3, dtype=torch.int64), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match='flat'): compress.encode(update)
+    assert compress.decode(compress.encode(torch.ones(3), np.int64(8)), np.int64(3)).tolist() == [1, 1, 1]
 
 def test_what_a_client_does_not_send_it_adds_next_time():
     w = {'v': torch.zeros(4)}
@@ -1039,7 +1042,7 @@ def test_plot_is_drawn(run, tmp_path):
     ('--seed -1', '--seed'), ('--seed ' + '9' * 5000, '--seed'), ('--lr 1e39', '--lr'), ('--iid True', '--iid'), ('--log /dev/null', 'not a file'), ('--gpu -2', '--gpu'), ('--iid 2', '--iid'), ('--alpha 0 --iid 0', '--alpha'), ('--alpha 1', '--iid 0'),
     ('--model resnet', 'paper_cnn'), ('--dataset imagenet', 'synthetic'), ('--num_channels 3', 'mnist has 1'), ('--num_classes 7', '10'),
     ('--log /no/such/folder/l.csv', '--log'), ('--checkpoint /', '--checkpoint'), ('--save_every 0', '--save_every'), ('--resume', '--checkpoint'),
-    ('--resume --checkpoint no_such_file', 'no_such_file'), ('--silo 1', 'torchrun'),  ('--engine loop --compile 1', '--engine'),
+    ('--resume --checkpoint no_such_file', 'no_such_file'), ('--silo 1', 'torchrun'), ('--data_dir x{rank}', '--silo'), ('--engine loop --compile 1', '--engine'),
     ('--quantize 0', 'at most 16'), ('--quantize 17', 'at most 16'), ('--topk 0', '--topk'), ('--topk 1.1', '--topk'), ('--error_feedback 0', '--topk'),
     ('--prune 1', '--prune'), ('--prune_end 5', 'add --prune'), ('--prune 0.5 --prune_begin 9 --prune_end 9', 'comes after'), ('--bandwidth 0', '--bandwidth'),
     ('--prune 0.5 --prune_end 30 --epochs 20', '--epochs 20'), ('--separable 1', '--model cnn'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])

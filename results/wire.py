@@ -16,8 +16,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 SETTINGS = ['', '--quantize 8', '--quantize 4', '--quantize 2', '--quantize 1', '--topk 0.1', '--topk 0.1 --error_feedback 0', '--topk 0.01',
             '--topk 0.01 --error_feedback 0', '--topk 0.01 --quantize 4', '--topk 0.01 --quantize 4 --error_feedback 0',
-            '--prune 0.5 --prune_end 10', '--prune 0.9 --prune_end 10', '--topk 0.03 --quantize 4', '--topk 0.003 --quantize 4',
-            '--topk 0.01 --quantize 2']
+            '--prune 0.5 --prune_end 10', '--prune 0.9 --prune_end 10', '--prune 0.95 --prune_end 10 --topk 0.1 --quantize 4']
 LR, ROUNDS, TARGET = {1: 0.1, 0: 0.1}, {1: 100, 0: 300}, 0.97
 
 def measure(words, data_dir, iid, seed):
@@ -63,7 +62,7 @@ def main():
     path = HERE / 'wire.csv'
     if args.show: return table(path)
     done = {(r['setting'], r['iid'], r['seed']) for r in read(path)} if path.exists() else ()
-    for iid, seed, words in itertools.product(args.iid, args.seeds, args.only):
+    for iid, words, seed in itertools.product(args.iid, args.only, args.seeds):
         if (words, str(iid), str(seed)) in done: continue
         row = measure(words, os.path.abspath(args.data_dir), iid, seed)
         with open(path, 'a', newline='') as f:
