@@ -1,4 +1,4 @@
-"""An update on the wire: a client's flat vector w_k - w_t as the bytes that it would upload, and back.
+"""An update on the wire: a client's flat vector w_k - w_t as the bytes that it would upload, and back; smaller, and private.
 
     payload = encode(update, quantize=8)        # bytes, a quarter of fp32's
     update = decode(payload, len(update))       # or ValueError: nothing else, whatever the bytes are
@@ -7,8 +7,20 @@
     Aji and Heafield 2017 (arXiv 1704.05021), Stich et al. 2018 (arXiv 1809.07599): top-k with error feedback
     Zhu and Gupta 2017 (arXiv 1710.01878), Section 3: pruning on a cubic schedule
 
-This file knows no net and no client. It needs numpy and torch.
+    Abadi et al. 2016 (arXiv 1607.00133), McMahan et al. 2018 (arXiv 1710.06963): differential privacy, of examples and of users
+    Mironov et al. 2019 (arXiv 1908.10530), Canonne et al. 2020 (arXiv 2004.00010): what it costs
+    Bonawitz et al. 2017 (ACM CCS, "Practical Secure Aggregation"): a sum whose terms the server does not see
+
+This file knows no net and no client. It needs numpy and torch. The privacy of noise is that of a model on paper: NumPy's generator
+is not a cryptographic one. Secure aggregation is written to be read, and has not been audited: its server is honest but curious,
+there are no signatures, so a server that lies about who is there, or who has gone, is not found out.
 """
+import functools
+import hashlib
+import hmac
+import json
+import math
+import secrets
 import struct
 import zlib
 
@@ -149,3 +161,185 @@ def prune(v, s):
     left, ties = v > cut, (v == cut).nonzero().flatten()
     left[ties[n + len(ties) - int((~left).sum()):]] = True      # as many of those equal to the cut go as make n
     return left
+
+#############################################
+#       Private: differential privacy       #
+#############################################
+
+# Orders of the Renyi divergence; an epsilon is the least that any of them gives.
+ORDERS = np.concatenate([np.arange(1.1, 11, 0.1), np.arange(11, 64), 2.0 ** np.arange(6, 15)])
+
+def clip(update, S):
+    """update, (d,), scaled down to an L2 norm of S if it is longer (McMahan et al. 2018, arXiv 1710.06963, Section 2)."""
+    norm = update.double().norm()
+    return update * (S / norm) if norm > S else update
+
+@functools.lru_cache(None)
+def renyi(q, noise):
+    """The Renyi divergence at ORDERS of one step of the sampled Gaussian mechanism (Mironov et al. 2019, Section 3.3, whose sum
+    for a fractional order a ends by itself at a whole one)."""
+    with np.errstate(all='ignore'): gauss = ORDERS / (2 * np.float64(noise)**2)        # nobody left out: the Gaussian mechanism's
+    if q in (0, 1): return gauss if q else np.zeros(len(ORDERS))
+    return np.maximum(np.fmin([divergence(a, q, np.float64(noise)) for a in ORDERS], gauss), 0)     # sampling never costs privacy
+
+def divergence(a, q, noise):
+    """renyi at one order a, or NaN where it is beyond what floating point holds."""
+    i = np.arange(math.ceil(a) + 1000.0)
+    with np.errstate(all='ignore'):
+        factors = np.append(1, (a - i[:-1]) / (i[:-1] + 1))
+        log_binomial, sign = np.cumsum(np.log(np.abs(factors))), np.cumprod(np.sign(factors))       # of a over i
+        z0 = noise**2 * math.log(1 / q - 1) + 0.5
+        terms = np.concatenate([
+            log_binomial + k * math.log(q) + (a - k) * math.log1p(-q) + k * (k - 1) / (2 * noise**2)
+            + torch.special.log_ndtr(torch.from_numpy(side * (z0 - k) / noise)).numpy() for k, side in ((i, 1), (a - i, -1))])
+        top = np.max(terms)
+        return (top + np.log(np.sum(np.tile(sign, 2) * np.exp(terms - top)))) / (a - 1)
+
+def epsilon(q, noise, steps, delta):
+    """The epsilon at delta of `steps` sums, each over a sample in which everyone is with probability q, of terms clipped to S, with
+    Gaussian noise of deviation noise S: whether somebody is in the data hides as well as (epsilon, delta) says.
+
+    Renyi divergences (Mironov et al. 2019, arXiv 1908.10530) converted by Canonne et al. 2020 (arXiv 2004.00010, Proposition 12).
+    inf where there is no bound. Raises ValueError if q is not in [0, 1], delta not in (0, 1), or noise or steps below 0.
+    """
+    if not 0 <= q <= 1: raise ValueError(f'q {q}: from 0 to 1')
+    if not 0 < delta < 1: raise ValueError(f'delta {delta}: above 0 and below 1')
+    if not (0 <= noise < math.inf and 0 <= steps < math.inf): raise ValueError(f'noise {noise}, steps {steps}: finite and at least 0')
+    if not steps or not q: return 0.0
+    found = steps * renyi(float(q), float(noise)) + np.log1p(-1 / ORDERS) - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1)
+    return max(float(found.min()), 0.0)
+
+def least_noise(spent, target):
+    """The least noise, to 0.1 %, from 0.01 on, with spent(noise), an epsilon that falls with it, at most target."""
+    low = high = 0.01
+    while spent(high) > target:
+        if high > 1e6: raise ValueError(f'epsilon {target}: no noise up to 10^6 gives it')
+        low, high = high, 2 * high
+    while high > 1.001 * low:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if spent(middle) <= target else (middle, high)
+    return high
+
+#############################################
+#        Private: secure aggregation        #
+#############################################
+
+# RFC 3526, group 14: 2 generates a group modulo this prime of 2048 bits. Private keys have 256 bits.
+PRIME = int('FFFFFFFFFFFFFFFFC90FDAA22168C234C4C6628B80DC1CD129024E088A67CC74020BBEA63B139B22514A08798E3404DDEF9519B3CD3A'
+            '431B302B0A6DF25F14374FE1356D6D51C245E485B576625E7EC6F44C42E9A637ED6B0BFF5CB6F406B7EDEE386BFB5A899FA5AE9F2411'
+            '7C4B1FE649286651ECE45B3DC2007CB8A163BF0598DA48361C55D39A69163FA8FD24CF5F83655D23DCA3AD961C62F356208552BB9ED5'
+            '29077096966D670C354E4ABC9804F1746C08CA18217C32905E462E36CE3BE39E772C180E86039B2783A2EC07A28FB5C55DF06F4C52C9'
+            'DE2BCBF6955817183995497CEA956AE515D2261898FA051015728E5A8AACAA68FFFFFFFFFFFFFFFF', 16)
+FIELD = 2**521 - 1      # the prime of Shamir's field, above every secret
+
+def agree(private, public):
+    """The 32 bytes that two key pairs have in common: Diffie-Hellman, hashed. Raises ValueError for a public key out of range."""
+    if not 1 < public < PRIME - 1: raise ValueError('a public key is out of range')
+    return hashlib.sha256(pow(public, private, PRIME).to_bytes(256, 'big')).digest()
+
+def expand(secret, d):
+    """A secret's mask, (d,) uint32, by SHAKE-256."""
+    return np.frombuffer(hashlib.shake_256(secret).digest(4 * d), '<u4')
+
+def split(secret, xs, threshold):
+    """Shares {x: y} of a whole number below FIELD, of which `threshold` give it and fewer nothing (Shamir 1979). xs: not 0."""
+    polynomial = [secret] + [secrets.randbelow(FIELD) for _ in range(threshold - 1)]
+    return {x: functools.reduce(lambda y, c: (y * x + c) % FIELD, reversed(polynomial), 0) for x in xs}
+
+def join(shares):
+    """The secret that split made shares {x: y} of: the value at 0 of the polynomial through them."""
+    secret = 0
+    for x, y in shares.items():
+        others = [u for u in shares if u != x]
+        secret += y * math.prod(others) * pow(math.prod(u - x for u in others), -1, FIELD)
+    return secret % FIELD
+
+def seal(key, text):
+    """text, bytes, encrypted by XOR with SHAKE-256 of a key used once, and authenticated by HMAC-SHA-256."""
+    body = bytes(a ^ b for a, b in zip(text, hashlib.shake_256(b'seal' + key).digest(len(text))))
+    return body + hmac.digest(b'tag' + key, body, 'sha256')
+
+def unseal(key, sealed):
+    """What seal sealed. Raises ValueError if it was altered."""
+    body, tag = sealed[:-32], sealed[-32:]
+    if not hmac.compare_digest(tag, hmac.digest(b'tag' + key, body, 'sha256')): raise ValueError('a sealed share was altered')
+    return bytes(a ^ b for a, b in zip(body, hashlib.shake_256(b'seal' + key).digest(len(body))))
+
+class SecureClient:
+    """One client's side of secure aggregation (Bonawitz et al. 2017, Figure 4): four answers to the server, bytes for bytes.
+
+    k: its number; x: (d,) uint32, what it adds to the sum modulo 2^32; threshold: how many clients must stay. Every method raises
+    ValueError, and the client answers no more, if they are fewer or a message is not what it should be.
+    """
+    def __init__(self, k, x, threshold):
+        self.k, self.x, self.threshold = k, x, threshold
+        self.sealing, self.masking, self.seed = (secrets.randbits(256) for _ in range(3))       # c^SK, s^SK and b of the paper
+
+    def advertise(self, _):
+        """Round 0: its two public keys."""
+        return json.dumps([pow(2, self.sealing, PRIME), pow(2, self.masking, PRIME)]).encode()
+
+    def share(self, message):
+        """Round 1: the public keys of all, {k: keys}, in; out, for each of the others, sealed shares of masking key and seed."""
+        self.public = {int(v): keys for v, keys in json.loads(message).items()}
+        self.enough(self.public)
+        key, seed = (split(secret, [v + 1 for v in self.public], self.threshold) for secret in (self.masking, self.seed))
+        self.own = seed[self.k + 1]
+        return json.dumps({v: seal(self.channel(v, self.k), json.dumps([key[v + 1], seed[v + 1]]).encode()).hex()
+                           for v in self.public if v != self.k}).encode()
+
+    def mask(self, message):
+        """Round 2: what the others have sealed for it, {k: hex}, in; out x, plus its seed's mask, plus or minus a mask for each pair."""
+        self.sealed = {int(v): bytes.fromhex(text) for v, text in json.loads(message).items()}
+        self.enough([self.k, *self.sealed])
+        y = self.x + expand(self.seed.to_bytes(32, 'big'), len(self.x))
+        for v in self.sealed:
+            pair = expand(agree(self.masking, self.public[v][1]), len(y))
+            y = y + pair if self.k < v else y - pair
+        return y.astype('<u4').tobytes()
+
+    def reveal(self, message):
+        """Round 3: who has sent its masked x, [k, ...], in; out, once only, {k: share}: of the seed of those who have, of the masking
+        key of those who have not. Both of one client would unmask it."""
+        survivors, sealed = set(json.loads(message)), self.sealed
+        self.enough(survivors)
+        self.sealed = None
+        shares = {v: json.loads(unseal(self.channel(v, v), text))[v in survivors] for v, text in sealed.items()}
+        return json.dumps({self.k: self.own} | shares).encode()
+
+    def channel(self, v, sender):
+        """The key under which `sender`, this client or v, seals for the other of the two."""
+        return hashlib.sha256(agree(self.sealing, self.public[v][0]) + sender.to_bytes(8, 'big')).digest()
+
+    def enough(self, clients):
+        if len(clients) < self.threshold: raise ValueError(f'{len(clients)} clients are left, {self.threshold} are needed')
+
+def secure_sum(ask, ks, threshold, d):
+    """(sum, who): the sum modulo 2^32, (d,) uint32, of what the clients add that have sent it, a list, from masked vectors alone.
+
+    ask(k, step, message): client k's answer, bytes, in its step 'advertise', 'share', 'mask' or 'reveal'; None once it is lost.
+    Raises ValueError if fewer than threshold answer. The server's side of Bonawitz et al. 2017, Figure 4.
+    """
+    def everyone(step, messages):
+        answers = {k: ask(k, step, message) for k, message in messages.items()}
+        answers = {k: answer for k, answer in answers.items() if answer is not None}
+        if len(answers) < threshold: raise ValueError(f'{len(answers)} of {len(ks)} clients have come to "{step}", {threshold} are needed')
+        return answers
+
+    public = {k: json.loads(answer) for k, answer in everyone('advertise', dict.fromkeys(ks, b'')).items()}
+    answers = everyone('share', dict.fromkeys(public, json.dumps(public).encode()))
+    sealed = {k: json.loads(answer) for k, answer in answers.items()}
+    masked = everyone('mask', {k: json.dumps({v: sealed[v][str(k)] for v in sealed if v != k}).encode() for k in sealed})
+    answers = everyone('reveal', dict.fromkeys(masked, json.dumps(list(masked)).encode()))
+    shares = {k: json.loads(answer) for k, answer in answers.items()}
+    total = np.zeros(d, np.uint32)
+    for y in masked.values(): total += np.frombuffer(y, '<u4')
+    for v in sealed:
+        secret = join({k + 1: shares[k][str(v)] for k in list(shares)[:threshold]})
+        if v in masked: total -= expand(secret.to_bytes(32, 'big'), d)      # its seed's mask
+        else:                                                               # the masks of its pairs, which nobody cancels
+            for k in masked:
+                pair = expand(agree(secret, public[k][1]), d)
+                if k < v: total -= pair
+                else: total += pair
+    return total, list(masked)

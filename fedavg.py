@@ -39,14 +39,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset
 
-from compress import decode, encode, prune, sparsity
+from compress import SecureClient, clip, decode, encode, epsilon, least_noise, prune, secure_sum, sparsity
 from models import build
 from options import args_parser, fail
-from sampling import load, partition, rng, select
+from sampling import load, lose, partition, poisson, rng, select
 
 #############################################
 #               ClientUpdate                #
@@ -55,7 +55,8 @@ from sampling import load, partition, rng, select
 class LocalUpdate:
     """ClientUpdate(k, w) of Algorithm 1: E epochs of SGD in batches of B over the examples that one client holds.
 
-    args: needs local_ep (E), local_bs (B, math.inf for all at once), lr, momentum, device; optimizer is 'sgd' or 'adamw'.
+    args: needs local_ep (E), local_bs (B, math.inf for all at once), lr, momentum, device; optimizer is 'sgd' or 'adamw'; with dp
+    'example', clip and noise it is DP-SGD (Abadi et al. 2016, Algorithm 1), whose batches are Poisson samples of rate B / n_k.
     dataset: any map-style (float32 image tensor, label) data set. A client's tensors are made once, for all LocalUpdates of
     this data set and idxs: a random transform is drawn once, and a later change of the data set is not seen.
     idxs: the client's indices into it. Raises ValueError if there are none.
@@ -71,18 +72,48 @@ class LocalUpdate:
         tensor}; where it is False there is no gradient, so that a weight pruned to zero stays zero.
         """
         net = copy.deepcopy(net).to(self.args.device).train()
-        for name, p in net.named_parameters() if mask else (): p.register_hook(lambda g, left=mask[name]: g * left)
         step = optimizer(self.args, net.parameters(), self.args.lr if lr is None else lr)
-        n_k, B = len(self.y), min(self.args.local_bs, len(self.y))
-        total = torch.zeros((), device=self.x.device)
-        for shuffle in shuffles(n_k, self.args.local_ep).to(self.x.device):
-            for x, y in zip(self.x[shuffle].split(B), self.y[shuffle].split(B)):
-                loss = F.cross_entropy(net(x), y)
-                step.zero_grad()
-                loss.backward()
-                step.step()
-                total.add_(loss.detach(), alpha=len(y))     # stays on the device: no waiting for it
-        return net.state_dict(), float(total) / (n_k * self.args.local_ep)
+        B, seen, total = min(self.args.local_bs, len(self.y)), 0, torch.zeros((), device=self.x.device)
+        private = getattr(self.args, 'dp', None) == 'example'
+        for batch in (samples if private else shuffled)(len(self.y), self.args.local_ep, B, self.x.device):
+            x, y = self.x[batch], self.y[batch]
+            step.zero_grad()
+            loss = private_gradients(net, x, y, self.args.clip, self.args.noise, B) if private else gradients(net, x, y)
+            for name, p in net.named_parameters() if mask else (): p.grad *= mask[name]
+            step.step()
+            total.add_(loss, alpha=len(y))      # stays on the device: no waiting for it
+            seen += len(y)
+        return net.state_dict(), float(total) / max(seen, 1)
+
+def gradients(net, x, y):
+    """Leaves in net the gradient of its mean loss on x, y; the loss."""
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    return loss.detach()
+
+def private_gradients(net, x, y, S, noise, B):
+    """Leaves in net (the sum of each example's gradient clipped to S, plus noise of deviation noise S) / B; the mean loss.
+
+    Abadi et al. 2016, Algorithm 1; B is the expected size of a batch, which may be of any size, 0 too.
+    """
+    w = dict(net.named_parameters())
+    one = lambda w, x, y: F.cross_entropy(functional_call(net, w, (x[None],)), y[None])
+    loss, total = torch.zeros((), device=x.device), {name: torch.zeros_like(p) for name, p in w.items()}
+    if len(y):
+        grads, losses = vmap(grad_and_value(one), (None, 0, 0), randomness='different')({name: p.detach() for name, p in w.items()}, x, y)
+        norms = sum(g.flatten(1).double().square().sum(1) for g in grads.values()).sqrt()               # (B,)
+        scale = (S / norms.clamp(min=S)).to(x.dtype)
+        loss, total = losses.mean().detach(), {name: torch.tensordot(scale, g, 1) for name, g in grads.items()}
+    for name, p in w.items(): p.grad = (total[name] + noise * S * torch.randn_like(p)) / B
+    return loss
+
+def shuffled(n_k, E, B, device):
+    """The indices of each batch of E epochs."""
+    for shuffle in shuffles(n_k, E).to(device): yield from shuffle.split(B)
+
+def samples(n_k, E, B, device):
+    """As many batches as shuffled has, each a Poisson sample: every example is in it with probability B / n_k."""
+    for _ in range(E * math.ceil(n_k / B)): yield (torch.rand(n_k) < B / n_k).nonzero().flatten().to(device)
 
 def shuffles(n_k, E):
     """The orders in which a client goes through its n_k examples, (E, n_k), drawn from torch's generator before all else."""
@@ -267,7 +298,7 @@ def unstackable(net):
 def engine(args, net, m, B):
     """local_updates or a Stacked for m clients of batches of B, as --engine says; auto takes what was measured to be faster
     (README, "Speed")."""
-    why, cpu = unstackable(net), args.device.type == 'cpu'
+    why, cpu = unstackable(net) or args.dp == 'example' and 'DP-SGD clips examples', args.device.type == 'cpu'
     if why and (args.engine == 'stacked' or args.compile):
         fail(f'--engine {args.engine}, --compile {args.compile}: the net cannot train stacked, {why}; take --engine loop and no --compile')
     slower = args.model == 'paper_cnn' or (args.model == 'cnn' and args.local_bs > 20)       # grouped convolutions, on a CPU
@@ -410,6 +441,34 @@ def receive(rank):
     return blob.numpy().tobytes()
 
 #############################################
+#         Differential privacy              #
+#############################################
+
+def noised(updates, w, S, noise, weights, draw, first):
+    """DP-FedAvg's average (McMahan et al. 2018, Algorithm 1): (w_k, n_k) in; out, each as far from w as S allows, noise of
+    deviation noise S on their sum, and w itself as often as makes all weights add up to `weights`, C K.
+
+    Of several processes each has its own clients, the first the rest. The noise is drawn whoever came, from draw, a NumPy generator.
+    """
+    v, m = flat(w), 0
+    for w_k, n_k in updates:
+        m += n_k
+        yield (w_k if S is None else unflat(v + clip(flat(w_k) - v, S), w)), n_k
+    if first: yield unflat(v + torch.from_numpy(draw.normal(0, noise, len(v))).float(), w), 1
+    yield w, (weights - 1 if first else 0) - m
+
+def spent(args, n_k, chosen, t, noise):
+    """The epsilon that t rounds cost: of a client under --dp user, of an example of the client that it costs most under example.
+
+    chosen: the clients that round t asks, a function of t. Those that are lost count too.
+    """
+    if args.dp == 'user': return epsilon(args.frac, noise, t, args.delta or 1 / max(len(n_k), 2))
+    took = np.bincount([k for s in range(1, t + 1) for k in chosen(s)], minlength=len(n_k))
+    most = {n: took[n_k == n].max() for n in set(n_k.tolist())}
+    return max(epsilon(min(args.local_bs / n, 1), noise, rounds * args.local_ep * math.ceil(n / args.local_bs), args.delta or 1 / max(n, 2))
+               for n, rounds in most.items())
+
+#############################################
 #      The wire: down and up, in bytes      #
 #############################################
 
@@ -450,7 +509,7 @@ class Wire:
         self.feedback = bool(args.topk and args.error_feedback)
         self.remote = bool(args.silo and rank)
         # Silos' payloads, and smaller ones, go to rank 0; simulated fp32 is summed up where it is trained.
-        self.gathers = size > 1 and bool(args.silo or args.quantize or args.topk or args.prune)
+        self.gathers = size > 1 and bool(args.silo or args.quantize or args.topk or args.prune or args.secagg)
         self.saved, self.index, self.new = {}, slice(None), {}
 
     def downlink(self, w, s, S_t, tally):
@@ -484,13 +543,14 @@ class Wire:
         self.index, self.new = slice(None) if left.all() else left.nonzero().flatten(), {}
         return self.index
 
-    def uplink(self, updates, w, t, dealt, tally):
+    def uplink(self, updates, w, t, dealt, lost, tally):
         """(k, w_k, n_k, loss) in, (w_k, n_k) out for those that the server accepts; where payloads are gathered, at rank 0 alone.
 
-        dealt: the clients of each process. tally: a dict in which it counts clients, rejected and up_bytes, and sums the accepted
+        dealt: the clients of each process; lost: {k: stage} of those that are lost. tally: a dict in which it counts clients, rejected and up_bytes, and sums the accepted
         n_k (m_t) and n_k loss (loss).
         """
         base = flat(w) if self.args.quantize or self.args.topk else torch.zeros(self.d)
+        if self.rank == 0: tally['lost'] += len(lost)
         if self.feedback and self.gathers and not self.args.silo: self.lend(dealt)
         for k, payload, n_k, loss, rest in self.gathered(self.packed(updates, base, t), dealt):
             tally['up_bytes'] += len(payload)
@@ -505,7 +565,7 @@ class Wire:
             tally['m_t'] += n_k
             tally['loss'] += n_k * loss
             if rest is not None: self.new[k] = rest
-            yield unflat(v, w), n_k
+            yield unflat(v, w), 1 if self.args.dp == 'user' else n_k
 
     def packed(self, updates, base, t):
         """The clients' side: (k, w_k, n_k, loss) in, (k, payload, n_k, loss, what it keeps back or None) out."""
@@ -562,11 +622,96 @@ class Wire:
         self.saved = {t: self.kept}
         if state and not self.args.silo: self.left, self.holders = state['left'], set(state['holders'])
 
+class SecureWire(Wire):
+    """A Wire of which rank 0 learns the sum of what goes up, not its terms (Bonawitz et al. 2017; compress.secure_sum).
+
+    A client's w_k - w is clamped to plus or minus --range, rounded stochastically to --quantize bits (16), and n_k times that, as
+    whole numbers, is its term; its loss is one value more of it, in units of which 16 is the range's end. Simulated clients live in
+    rank 0; silos answer it from their own processes.
+    """
+    STEPS = 'advertise', 'share', 'mask', 'reveal'
+    LOST_AT = STEPS[1:]         # by sampling.lose's stage, the first step that a client does not come to
+
+    def __init__(self, args, w, n_k=(), rank=0, size=1):
+        super().__init__(args, w, n_k, rank, size)
+        self.weight = np.ones(len(n_k), int) if args.dp == 'user' else np.array(n_k)
+        bits, most = args.quantize or 16, int(self.weight.sum())
+        if (2**bits - 1) * most >= 2**32:
+            fail(f'--secagg 1: the sum of {bits} bits times {most} examples may exceed 32 bits; --quantize {(2**32 // most).bit_length() - 1} fits')
+        self.levels, self.step = 2**bits - 1, 2 * args.range / (2**bits - 1)
+
+    def term(self, w_k, loss, base, k, t):
+        """What client k adds to the sum, (d + 1,) uint32 (d without what is pruned). Raises ValueError for NaN and infinity."""
+        v = (flat(w_k) - base)[self.index].double()
+        if not (torch.isfinite(v).all() and math.isfinite(loss)): raise ValueError('it holds NaN or infinity')
+        if self.args.dp == 'user': v = clip(v, max(self.args.clip - len(v) ** 0.5 * self.step, 0))       # rounding adds that much at most
+        v = np.append(v, (loss / 8 - 1) * self.args.range).clip(-self.args.range, self.args.range)
+        x = (v + self.args.range) / self.step
+        codes = np.minimum(np.floor(x + rng(self.args.seed, 'quantize', t, k).random(len(x))), self.levels).astype(np.uint32)
+        return codes * np.uint32(self.weight[k])
+
+    def uplink(self, updates, w, t, dealt, lost, tally):
+        """(k, w_k, n_k, loss) in; out, at rank 0, one pair: the survivors' mean and its weight. None if they are too few."""
+        asked = sorted({k for ks in dealt for k in ks} | set(lost))
+        base, clients, threshold = flat(w), {}, max(math.ceil(self.args.threshold * len(asked)), 2)
+        terms = self.terms(updates, base, t)
+        for k, term, *_ in terms if self.args.silo else self.gathered(terms, dealt):
+            if term: clients[k] = SecureClient(k, np.frombuffer(term, '<u4'), threshold)
+            else:
+                tally['rejected'] += 1
+                print(f'client {k} is left out: it holds NaN or infinity')
+        nothing = np.zeros(len(base[self.index]) + 1, np.uint32)
+        clients = {k: SecureClient(k, nothing, threshold) for k in lost} | clients       # lost ones that were not trained never send it
+        if self.remote: return self.serve(clients) if self.rank in asked else None
+        if self.rank: return
+        tally['lost'] += len(lost)
+        try: total, who = secure_sum(self.asker(clients, lost, tally), asked if self.args.silo else sorted(clients), threshold, len(nothing))
+        except ValueError as e: return print(f'round {t}: secure aggregation is given up: {e}')
+        finally:
+            for k in asked if self.args.silo else ():
+                if k: send(b'', k)
+        m_t = int(self.weight[who].sum())
+        mean = total * (self.step / m_t) - self.args.range
+        v = base.clone()
+        v[self.index] += torch.from_numpy(mean[:-1]).float()
+        tally['clients'] += len(who)
+        tally['m_t'] += int(self.n_k[who].sum())
+        tally['loss'] += int(self.n_k[who].sum()) * (mean[-1] / self.args.range + 1) * 8
+        yield unflat(v, w), m_t
+
+    def terms(self, updates, base, t):
+        """The clients' side: (k, w_k, n_k, loss) in, (k, its term as bytes, n_k, loss, None) out, no bytes for what is not finite."""
+        for k, w_k, n_k, loss in updates:
+            try: yield k, self.term(w_k, loss, base, k, t).astype('<u4').tobytes(), n_k, loss, None
+            except ValueError: yield k, b'', n_k, loss, None
+
+    def asker(self, clients, lost, tally):
+        """secure_sum's ask, which counts bytes both ways and has lost clients answer no more from the step on at which they go."""
+        def ask(k, step, message):
+            if k in lost and step in self.STEPS[self.STEPS.index(self.LOST_AT[lost[k]]):]: return None
+            tally['down_bytes'] += len(message)
+            if self.args.silo and k:
+                send(step.encode(), k), send(message, k)
+                answer = receive(k)
+            else: answer = answered(clients.get(k), step, message)
+            tally['up_bytes'] += len(answer)
+            return answer or None
+        return ask
+
+    def serve(self, clients):
+        """A silo's side: answers rank 0 until it sends nothing more."""
+        while step := receive(0).decode(): send(answered(clients.get(self.rank), step, receive(0)), 0)
+
+def answered(client, step, message):
+    """A SecureClient's answer, or none, b'', from one that has left or finds its rules broken."""
+    try: return getattr(client, step)(message) if client else b''
+    except ValueError: return b''
+
 #############################################
 #      What is kept: log, checkpoint, plot  #
 #############################################
 
-COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'up_bytes', 'down_bytes', 'upload_seconds', 'epsilon',
+COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'lost', 'up_bytes', 'down_bytes', 'upload_seconds', 'epsilon',
            'seconds')
 # What may differ between a run and its resumption: nothing that the weights of a round depend on.
 FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose', 'bandwidth'}
@@ -622,7 +767,7 @@ def restore(path, options):
         if not w or not all(set(COLUMNS) <= set(row) for row in history): raise ValueError('half empty')
     except Exception as e:      # what torch.load raises for foreign bytes is not documented
         fail(f'--checkpoint {path}: not a checkpoint of this program ({type(e).__name__}); or of another version; name one, or leave --resume out', everyone=True)
-    other = [name for name, v in options.items() if name not in FREE and was[name] != v]
+    other = [name for name, v in options.items() if name not in FREE and was[name] != v and not (name == 'noise' and was['epsilon'])]
     if other:
         fail('--resume 1: the checkpoint was made with ' + ', '.join(f'--{name} {was[name]} (given: {options[name]})' for name in other)
              + '; give the same, or another --checkpoint', everyone=True)
@@ -648,10 +793,11 @@ def upload_seconds(row, bandwidth):
 def progress(args, history):
     """The last round in a line."""
     row = history[-1]
-    print(f'round {row["round"]:4d}/{args.epochs}   train loss {row["train_loss"]:.4f}   test acc {100 * row["test_acc"]:.2f} %   '
+    print(f'round {row["round"]:4d}/{args.epochs}   train loss {row["train_loss"] or math.nan:.4f}   test acc {100 * row["test_acc"]:.2f} %   '
           f'best {100 * max(r["test_acc"] for r in history):.2f} %   '
-          + (f'{row["rejected"]} left out   ' if row['rejected'] else '') +
+          + ''.join(f'{row[name]} {name}   ' for name in ('rejected', 'lost') if row[name]) +
           f'up {row["up_bytes"] / 1e6:.3g} MB ({row["upload_seconds"]:.3g} s a client)   down {row["down_bytes"] / 1e6:.3g} MB   '
+          + (f'epsilon {row["epsilon"]:.3g}   ' if row['epsilon'] != '' else '') +
           f'{row["seconds"]:.2f} s   {row["seconds"] * (args.epochs - row["round"]):.0f} s left', flush=True)
 
 def reached(args, history):
@@ -673,6 +819,7 @@ def summary(args, history, fp32):
     print(f'uploaded {sent[-1] / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times smaller than fp32, {seconds_up:.3g} s for a '
           f'client of each round at {args.bandwidth:g} MB/s; downloaded '
           f'{sum(row["down_bytes"] for row in history) / 1e6:.2f} MB')
+    if args.dp: print(f'epsilon {history[-1]["epsilon"]:.3g} ({args.dp}, noise {args.noise:.4g}, clip {args.clip:g})')
     if args.target:
         rounds = reached(args, history)
         print(f'rounds to {100 * args.target:.2f} %: ' + (f'{rounds:.1f}, with {np.interp(rounds, range(len(sent)), sent) / 1e6:.2f} MB '
@@ -747,8 +894,14 @@ def main(argv=None):
     if args.device.type == 'cpu': net = net.to(memory_format=torch.channels_last)       # no change but for convolutions
     if w: net.load_state_dict(w)
     w = copy.deepcopy(net.state_dict())
-    wire = Wire(args, w, n_k, rank, size)
+    wire = (SecureWire if args.secagg else Wire)(args, w, n_k, rank, size)
     if history: wire.resume(state, len(history))
+    chosen = functools.lru_cache(None)(lambda t: (poisson if args.dp == 'user' else select)(K, args.frac, rng(args.seed, 'select', t)).tolist())
+    if args.epsilon and args.noise is None:
+        try: args.noise = was.get('noise') or least_noise(lambda noise: spent(args, n_k, chosen, args.epochs, noise), args.epsilon)
+        except ValueError as e: fail(f'--epsilon {args.epsilon}: {e}; take more')
+        options['noise'] = args.noise
+        print(f'--epsilon {args.epsilon}: noise {args.noise:.4g} for {args.epochs} rounds')
     average = FedAvg if args.silo else functools.partial(FedAvg, all_sum=all_sum)       # of silos only rank 0 has updates
     B = min(args.local_bs, max(map(len, parts.values())))
     clients = engine(args, net, math.ceil(max(round(args.frac * K), 1) / size), B)
@@ -763,30 +916,39 @@ def main(argv=None):
     try:
         for t in range(len(history) + 1, args.epochs + 1):
             if reached(args, history): break
+            cost = spent(args, n_k, chosen, t, args.noise) if args.dp else ''
+            if args.epsilon and cost > args.epsilon:
+                print(f'--epsilon {args.epsilon} is spent after round {t - 1}')
+                break
             began = time.perf_counter()
-            tally = dict.fromkeys(('clients', 'rejected', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
+            tally = dict.fromkeys(('clients', 'rejected', 'lost', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
 
-            S_t = select(K, args.frac, rng(args.seed, 'select', t)).tolist()
-            dealt = [[k] if k in S_t else [] for k in range(size)] if args.silo else shares(S_t, n_k, size)
+            S_t = chosen(t)
+            lost = lose(S_t, args.drop, rng(args.seed, 'drop', t))                  # {k: stage}
+            there = [k for k in S_t if k not in lost or (args.secagg and lost[k] == 2)]
+            dealt = [[k] if k in there else [] for k in range(size)] if args.silo else shares(there, n_k, size)
             s = args.prune and sparsity(t, args.prune, args.prune_begin, args.prune_end)
             w_t, mask = wire.downlink(w, s, S_t, tally)
             net.load_state_dict(w_t)
             updates = clients(args, net, train, parts, dealt[rank], t, mask)        # (k, w_k, n_k, loss), one at a time
-            updates = wire.uplink(updates, w_t, t, dealt, tally)                    # (w_k, n_k) of those that are accepted
+            updates = wire.uplink(updates, w_t, t, dealt, lost, tally)              # (w_k, n_k) of those that are accepted
+            if args.dp == 'user': updates = noised(updates, w_t, None if args.secagg else args.clip, args.noise * args.clip, args.frac * K,
+                                                   rng(args.seed, 'noise', t), rank == 0)
             rest = int(n_k.sum() - n_k[S_t].sum()) if args.all_clients and rank == 0 else 0
             w_next = average(itertools.chain(updates, [(w_t, rest)])) or w_t
 
             tally = dict(zip(tally, all_summed(tally.values(), args.device)))
-            if not tally['clients']:
+            if not tally['clients'] and tally['rejected']:
                 print(f'round {t}: no update is finite; the weights stay those of round {t - 1}. Start again with a lower --lr '
                       f'than {args.lr}', file=sys.stderr if rank == 0 else sys.stdout)
                 code = 1
                 break
+            if not tally['clients']: print(f'round {t}: no client is left')
             net.load_state_dict(w_next)
             test_loss, test_acc = evaluate(net, *test.tensors, args.bs, all_sum)
             row = dict.fromkeys(COLUMNS, '') | {
-                'round': t, 'train_loss': tally['loss'] / tally['m_t'], 'test_loss': test_loss, 'test_acc': test_acc,
-                **{name: int(tally[name]) for name in ('clients', 'rejected', 'up_bytes', 'down_bytes')}}
+                'round': t, 'train_loss': tally['loss'] / tally['m_t'] if tally['m_t'] else '', 'test_loss': test_loss, 'test_acc': test_acc,
+                'epsilon': cost, **{name: int(tally[name]) for name in ('clients', 'rejected', 'lost', 'up_bytes', 'down_bytes')}}
             row['upload_seconds'] = upload_seconds(row, args.bandwidth)
             row['seconds'] = time.perf_counter() - began
             w, history = w_next, history + [row]

@@ -101,6 +101,15 @@ def args_parser(argv=None):
     add('prune_end', None, number(int, 1), 'with --prune: the round from which on all of it is pruned, a cubic between; 30, or the last, if not given')
     switch('separable', 0, '1: the second convolution of --model cnn is depthwise, then pointwise')
     add('bandwidth', 1.0, number(float, 0, above=True), "a client's upload in MB/s, for the time that its uploads would take; the paper has 1")
+    add('drop', 0.0, number(float, 0, 1), 'probability with which a client that was asked is lost in a round, at a random stage')
+    add('dp', None, str, "differential privacy: user, DP-FedAvg of clients; example, DP-SGD within each", choices=('user', 'example'))
+    add('clip', None, number(float, 0, above=True), 'S, with --dp: the L2 norm that an update, or an example\'s gradient, is clipped to')
+    add('noise', None, number(float, 0), 'z, with --dp: the deviation of the noise on a sum, in units of S')
+    add('epsilon', None, number(float, 0, above=True), 'with --dp, for --noise: what may be spent in --epochs rounds; finds z, stops when spent')
+    add('delta', None, number(float, 0, 0.9999, above=True), 'with --dp: 1/K for user, 1/n_k for example if not given')
+    switch('secagg', 0, '1: secure aggregation; the server sees masked integers and their sum')
+    add('threshold', None, number(float, 0, 1, above=True), 'with --secagg: fraction of S_t that must stay for the sum to be had; 2/3 if not given')
+    add('range', None, number(float, 0, above=True), 'with --secagg: values of w_k - w_t are clamped to plus or minus this; 1, or --clip')
     switch('silo', 0, '1: every process that torchrun starts is one client with its own --data_dir; K is their number')
     add('gpu', 0, number(int, -1), 'CUDA device, used when CUDA is present; -1 is the CPU')
     add('seed', 1, number(int, 0), 'the one seed of partition, selection, initialisation and shuffling')
@@ -138,6 +147,7 @@ def check(args):
         if not args.prune_begin < args.prune_end <= args.epochs:
             fail(f'--prune_begin {args.prune_begin}, --prune_end {args.prune_end}: the end comes after the beginning and by the last '
                  f'round, --epochs {args.epochs}')
+    private(args)
     if args.silo and 'TORCHELASTIC_RUN_ID' not in os.environ:
         fail('--silo 1: every process is a client; start them with torchrun --nproc_per_node=K fedavg.py --silo 1 ...')
     if '{rank}' in args.data_dir and not args.silo: fail(f'--data_dir {args.data_dir}: only silos have numbers; add --silo 1, or name a folder')
@@ -154,3 +164,25 @@ def check(args):
     files = [f for f in (args.log, args.checkpoint, args.plot) if f]
     for f in files:
         if files.count(f) > 1: fail(f'--log, --checkpoint and --plot: {f} is named twice; name a file for each')
+
+def private(args):
+    """check's part about --dp and --secagg."""
+    for name in ('clip', 'noise', 'epsilon', 'delta'):
+        value = getattr(args, name)
+        if value is not None and not args.dp: fail(f'--{name} {value}: nothing is private; add --dp user or --dp example, or leave it out')
+    for name in ('threshold', 'range'):
+        value = getattr(args, name)
+        if value is not None and not args.secagg: fail(f'--{name} {value}: only for secure aggregation; add --secagg 1, or leave it out')
+    if args.dp and args.clip is None: fail(f'--dp {args.dp}: what is not clipped cannot be hidden; add --clip S')
+    if args.dp and (args.noise is None) == (args.epsilon is None): fail(f'--dp {args.dp}: give either --noise z or --epsilon')
+    if args.dp == 'user' and not args.frac: fail('--dp user: a client is drawn with probability --frac; give one above 0')
+    if args.dp == 'user' and args.all_clients: fail('--dp user: has a denominator of its own; leave out --all_clients')
+    if args.dp == 'user' and args.range is not None: fail(f'--range {args.range}: with --dp user it is --clip; leave it out')
+    if args.dp == 'example' and (args.engine == 'stacked' or args.compile):
+        fail('--dp example: each example has its own gradient, which the stacked engine does not know; leave out --engine and --compile')
+    if args.secagg and args.topk: fail(f'--topk {args.topk}: the clients keep different values, which masked do not add up; leave out --secagg or --topk')
+    if args.secagg and not args.silo and not args.dp and round(args.frac * args.num_users) < 2:
+        fail(f'--secagg 1: a round asks one client (--frac {args.frac}), and the sum of one is its update; ask more')
+    if args.secagg:
+        args.threshold = args.threshold or 2 / 3
+        args.range = args.clip if args.dp == 'user' else args.range or 1.0

@@ -214,3 +214,12 @@ def cifar_iid(dataset, num_users, seed=0):
 def select(K, C, draw):
     """S_t: m = max(round(C K), 1) of the K clients without replacement, in ascending order (Algorithm 1)."""
     return np.sort(draw.choice(K, max(round(C * K), 1), replace=False))
+
+def poisson(K, C, draw):
+    """S_t with each of the K clients in it with probability C, maybe nobody: what DP-FedAvg's accountant takes for granted."""
+    return np.flatnonzero(draw.random(K) < C)
+
+def lose(S_t, p, draw):
+    """{client: stage} of those of S_t that are lost, each with probability p: 0 before it has shared its keys, 1 before it has sent its
+    update, 2 after (the first and the last make a difference to secure aggregation alone)."""
+    return {k: int(stage) for k, u, stage in zip(S_t, draw.random(len(S_t)), draw.integers(3, size=len(S_t))) if u < p}

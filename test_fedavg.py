@@ -98,8 +98,8 @@ def toy(n=12, dim=5, seed=0):
 
 def wired(w, **more):
     """A Wire for weights like w, and an empty tally."""
-    args = SimpleNamespace(**dict(quantize=None, topk=None, error_feedback=1, prune=None, silo=0, verbose=0, seed=1) | more)
-    return fedavg.Wire(args, w), dict.fromkeys(('clients', 'rejected', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
+    args = SimpleNamespace(**dict(quantize=None, topk=None, error_feedback=1, prune=None, silo=0, verbose=0, seed=1, dp=None, secagg=0) | more)
+    return fedavg.Wire(args, w), dict.fromkeys(('clients', 'rejected', 'lost', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -176,10 +176,10 @@ def test_lost_clients_are_renormalised_and_counted(capsys):
                for k, (v, n_k, loss) in enumerate([(2.0, 1, 0.5), (math.nan, 9, 0.1), (6.0, 3, 1.5), (math.inf, 9, 0.1)])]
     for bits, tolerance in ((None, 0), (16, 1e-6)):
         wire, row = wired(w, quantize=bits)
-        average = fedavg.FedAvg(wire.uplink(updates, w, 1, [], row))
+        average = fedavg.FedAvg(wire.uplink(updates, w, 1, [], {}, row))
         assert average['v'].item() == pytest.approx(5, abs=tolerance) and average['i'] == 3         # (1*2 + 3*6) / 4
         payload = len(compress.encode(torch.ones(1), bits))
-        assert row == {'clients': 2, 'rejected': 2, 'm_t': 4, 'loss': 5.0, 'up_bytes': 4 * payload, 'down_bytes': 0}   # 1*0.5 + 3*1.5
+        assert row == {'clients': 2, 'rejected': 2, 'lost': 0, 'm_t': 4, 'loss': 5.0, 'up_bytes': 4 * payload, 'down_bytes': 0}   # 1*0.5 + 3*1.5
         assert 'client 1 is left out: it holds NaN' in capsys.readouterr().out
 
 def test_a_round_without_survivors_ends_the_run_and_keeps_w(run, tmp_path, capsys):
@@ -310,7 +310,7 @@ def image_toy(name, n=70):
 
 def both(args, net, dataset, parts, size=4, mask=None):
     """What the loop and a Stacked of `size` make of all clients, each as {k: (w_k, n_k, loss)}."""
-    for name, value in dict(seed=1, lr_decay=0.9, compile=0, device=torch.device('cpu')).items(): setattr(args, name, value)
+    for name, value in dict(seed=1, lr_decay=0.9, compile=0, dp=None, device=torch.device('cpu')).items(): setattr(args, name, value)
     runs = fedavg.local_updates, fedavg.Stacked(args, net, size)
     return [{k: rest for k, *rest in run(args, net, dataset, parts, list(parts), 2, mask)} for run in runs]
 
@@ -350,7 +350,7 @@ def test_stacked_clients_have_dropout_of_their_own(monkeypatch):
     assert len({round(loss, 4) for loss in losses}) == 3
 
 def test_what_cannot_be_stacked_is_refused_or_left_to_the_loop(capsys):
-    net, args = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), client_args(engine='auto', compile=0, model='2nn', device=torch.device('cpu'))
+    net, args = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), client_args(engine='auto', compile=0, dp=None, model='2nn', device=torch.device('cpu'))
     assert fedavg.engine(args, net, 10, 10) is fedavg.local_updates
     args.engine = 'stacked'
     with pytest.raises(SystemExit): fedavg.engine(args, net, 10, 10)
@@ -559,7 +559,7 @@ def test_what_a_client_does_not_send_it_adds_next_time():
     w = {'v': torch.zeros(4)}
     def sent(v, t=1):
         wire.downlink(w, None, [7], tally)
-        got = [w_k['v'].tolist() for w_k, _ in wire.uplink([(7, {'v': torch.tensor(v)}, 1, 0.0)], w, t, [], tally)]
+        got = [w_k['v'].tolist() for w_k, _ in wire.uplink([(7, {'v': torch.tensor(v)}, 1, 0.0)], w, t, [], {}, tally)]
         wire.commit()
         return got
     wire, tally = wired(w, topk=0.25)
@@ -577,7 +577,7 @@ def test_each_round_rounds_anew(monkeypatch):
     wire, tally = wired(w, quantize=1)
     wire.downlink(w, None, [7], tally)
     v = {'v': torch.linspace(-1, 1, 100)}
-    a, b, again, other = (next(wire.uplink([(k, v, 1, 0.0)], w, t, [], tally))[0]['v'] for k, t in ((7, 1), (7, 2), (7, 1), (8, 1)))
+    a, b, again, other = (next(wire.uplink([(k, v, 1, 0.0)], w, t, [], {}, tally))[0]['v'] for k, t in ((7, 1), (7, 2), (7, 1), (8, 1)))
     assert torch.equal(a, again) and not torch.equal(a, b) and not torch.equal(a, other)
 
 def test_what_a_round_changes_is_kept_when_it_is_done():
@@ -586,7 +586,7 @@ def test_what_a_round_changes_is_kept_when_it_is_done():
     wire.downlink(w, 0.25, [1], tally), wire.commit()
     before = wire.state(1)
     wire.downlink(w, 0.5, [2], tally)
-    list(wire.uplink([(2, {'v': torch.ones(4, 4)}, 1, 0.0)], w, 2, [], tally))
+    list(wire.uplink([(2, {'v': torch.ones(4, 4)}, 1, 0.0)], w, 2, [], {}, tally))
     again = wire.state(1)
     assert again['kept'] == before['kept'] == {1: {}} and again['holders'] == [1] and again['left'].sum() == 12
     wire.commit()
@@ -596,7 +596,7 @@ def test_float_buffers_travel_with_the_weights():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).half()
     w, w_k = net.state_dict(), {name: v + 1 for name, v in net.state_dict().items()}
     wire, tally = wired(w)
-    got, n_k = next(wire.uplink([(0, w_k, 5, 0.0)], w, 1, [], tally))
+    got, n_k = next(wire.uplink([(0, w_k, 5, 0.0)], w, 1, [], {}, tally))
     assert n_k == 5 and got.pop('1.num_batches_tracked') == 0 and w_k.pop('1.num_batches_tracked') == 1 and same(got, w_k)
     assert all(got[name].dtype == v.dtype for name, v in w_k.items()) and tally['up_bytes'] == 26 + 4 * 14
 
@@ -700,6 +700,241 @@ def test_silos_send_bytes_and_go_on_with_what_they_kept(tmp_path):
     assert list(other['wire']['kept'][4]) == [1] and list(other['wire']['kept']) == [3, 4]
     up = [int(r['up_bytes']) for r in read_log(tmp_path / 'full.csv')[1]]
     assert 0 < up[-1] < 2 * 4 * 199210 / 15 and (sum((v == 0).sum().item() for v in full['w'].values() if v.dim() > 1)) == 198800 / 2
+
+#############################################
+#           Differential privacy            #
+#############################################
+
+# (q, noise, steps, delta): epsilon by dp-accounting 0.6's RdpAccountant
+ACCOUNTED = {(0.01, 4, 10000, 1e-5): 1.03549, (256 / 60000, 1.1, 14040, 1e-5): 2.594363, (0.1, 0.5, 10, 1e-5): 14.418327,
+             (1, 5, 50, 1e-5): 7.077392, (0.001, 0.8, 100000, 1e-6): 3.187805, (0.02, 10, 1000, 1e-8): 0.342466, (0.1, 1, 200, 1e-3): 8.254141}
+
+@pytest.mark.parametrize('case', ACCOUNTED)
+def test_epsilon_is_what_an_independent_accountant_says(case):
+    assert compress.epsilon(*case) == pytest.approx(ACCOUNTED[case], rel=0.01)
+
+@pytest.mark.parametrize('q, noise', [(0.1, 1.0), (0.5, 2.0), (0.01, 0.7), (0.9, 5.0)])
+def test_renyi_divergences_are_those_of_the_integral(q, noise):
+    x = np.linspace(-40 * noise, 40 * noise + 40, 2_000_001)
+    ratio = np.logaddexp(math.log(1 - q), math.log(q) + (2 * x - 1) / (2 * noise**2))        # of N(0) mixed with N(1) to N(0)
+    got = compress.renyi(q, noise)
+    for i in (0, 4, 9, 23, 60, 99):         # orders 1.1, 1.5, 2, 3.4, 7.1 and 11
+        a = compress.ORDERS[i]
+        log_density = a * ratio - x**2 / (2 * noise**2) - math.log(noise * math.sqrt(2 * math.pi))
+        expected = (log_density.max() + math.log(np.exp(log_density - log_density.max()).sum() * (x[1] - x[0]))) / (a - 1)
+        assert got[i] == pytest.approx(expected, rel=1e-5)
+
+def test_epsilon_of_extremes_is_a_number_or_an_error():
+    for q in (0, 1e-300, 1e-9, 0.5, 1 - 1e-12, 1):
+        for noise in (0, 1e-200, 1e-3, 0.1, 1e3, 1e100, 1e200):
+            found = [compress.epsilon(q, noise, steps, 1e-5) for steps in (0, 1, 1000, 10**6)]
+            assert found == sorted(found) and found[0] == 0 and (found[3] < math.inf) == (q == 0 or noise > 1e-200), (q, noise, found)
+    for bad in ((-0.1, 1, 1, 0.1), (1.1, 1, 1, 0.1), (0.1, -1, 1, 0.1), (0.1, 1, -1, 0.1), (0.1, 1, 1, 0), (0.1, 1, 1, 1), (math.nan, 1, 1, 0.1),
+                (0.1, math.nan, 1, 0.1), (0.1, math.inf, 1, 0.1)):
+        with pytest.raises(ValueError): compress.epsilon(*bad)
+
+def test_the_least_noise_spends_what_is_planned_and_no_more():
+    spent = lambda noise: compress.epsilon(0.1, noise, 50, 1e-3)
+    noise = compress.least_noise(spent, 3.0)
+    assert spent(noise) <= 3 < spent(noise * 0.995)
+    with pytest.raises(ValueError, match='no noise'): compress.least_noise(lambda noise: 1, 0.5)
+
+def test_clipping_shortens_what_is_longer():
+    assert compress.clip(torch.tensor([3.0, 4.0]), 1).tolist() == pytest.approx([0.6, 0.8]) and compress.clip(torch.tensor([3.0, 4.0]), 6).tolist() == [3, 4]
+    assert compress.clip(torch.zeros(3), 1).tolist() == [0, 0, 0]
+
+def test_dp_fedavg_is_a_clipped_noised_sum_over_a_fixed_denominator():
+    w = {'v': torch.tensor([1.0, 1.0])}
+    updates = [({'v': torch.tensor([4.0, 5.0])}, 1), ({'v': torch.tensor([1.0, 0.5])}, 1)]
+    noised = lambda updates, noise, w=w: fedavg.FedAvg(fedavg.noised(updates, w, 1.0, noise, 4.0, np.random.default_rng(0), True))['v']
+    torch.testing.assert_close(noised(updates, 0.0), torch.tensor([1 + 0.6 / 4, 1 + (0.8 - 0.5) / 4]))
+    w = {'v': torch.zeros(100000)}
+    for updates in ([], [(w, 1)] * 9):      # the noise is there whoever came
+        assert noised(updates, 3.0, w).std().item() == pytest.approx(3 / 4, rel=0.02)
+
+def test_poisson_sampling_draws_each_client_on_its_own():
+    drawn = [sampling.poisson(20, 0.1, sampling.rng(0, t)) for t in range(2000)]
+    sizes = np.bincount([len(S_t) for S_t in drawn]) / 2000
+    assert np.mean([len(S_t) for S_t in drawn]) == pytest.approx(2, rel=0.05) and sizes[0] == pytest.approx(0.9**20, rel=0.15)
+    together = np.mean([{3, 4} <= set(S_t.tolist()) for S_t in drawn])
+    assert together == pytest.approx(0.01, abs=0.006)
+
+def test_dp_runs_log_what_they_cost_and_stop_when_it_is_spent(run, capsys, tmp_path):
+    history = run('--dp user --clip 0.5 --noise 0.8 --frac 0.1 --epochs 12')
+    assert [row['epsilon'] for row in history] == [compress.epsilon(0.1, 0.8, t, 0.1) for t in range(1, 13)]
+    assert any(row['clients'] == 0 for row in history) and len({row['test_loss'] for row in history}) == 12
+    words = f'--dp user --clip 0.5 --epsilon 4 --checkpoint {tmp_path}/c.pt'
+    noise = float(re.search(r'noise ([\d.]+) for 3 rounds', (run(words), capsys.readouterr().out)[1])[1])
+    assert compress.epsilon(0.3, noise, 3, 0.1) <= 4 < compress.epsilon(0.3, noise, 4, 0.1)
+    assert len(run(f'{words} --epochs 6 --resume')) == 3 and '--epsilon 4.0 is spent after round 3' in capsys.readouterr().out
+    history = run('--dp example --clip 1 --noise 2 --unequal 1')
+    n_k, cost = sampling.sizes(300, 10, unequal=True, seed=1), [0]
+    took = np.zeros(10, int)
+    for t in (1, 2, 3):
+        took[sampling.select(10, 0.3, sampling.rng(1, 'select', t))] += 1
+        cost.append(max(compress.epsilon(min(10 / n, 1), 2, r * math.ceil(n / 10), 1 / max(n, 2)) for n, r in zip(n_k.tolist(), took.tolist())))
+    assert [row['epsilon'] for row in history] == cost[1:]
+
+@pytest.mark.parametrize('S', [1e6, 0.3])
+def test_dp_sgd_clips_each_examples_gradient(S):
+    dataset, net = toy()
+    x, y = dataset.tensors
+    expected = [torch.zeros_like(p) for p in net.parameters()]
+    for i in range(12):
+        g = torch.autograd.grad(F.cross_entropy(net(x[i:i + 1]), y[i:i + 1]), list(net.parameters()))
+        scale = min(1, S / torch.cat([v.flatten() for v in g]).norm().item())
+        for v, u in zip(expected, g): v += scale * u / 8
+    loss = fedavg.private_gradients(net, x, y, S, 0.0, 8)
+    for v, p in zip(expected, net.parameters()): torch.testing.assert_close(p.grad, v)
+    assert loss.item() == pytest.approx(F.cross_entropy(net(x), y).item())
+    grads = []
+    for n in (0, 12):       # the noise does not depend on how many examples came
+        torch.manual_seed(0)
+        fedavg.private_gradients(net, x[:n], y[:n], S, 2 / S, 8)
+        grads.append(net.weight.grad.clone())
+    torch.testing.assert_close(grads[1] - grads[0], expected[0], rtol=1e-3, atol=1e-5)
+    big = nn.Linear(5, 3000)
+    fedavg.private_gradients(big, x[:0], y[:0], S, 2 / S, 8)
+    assert big.weight.grad.std().item() == pytest.approx(2 / 8, rel=0.05)
+
+def test_dp_sgds_batches_are_poisson_samples():
+    torch.manual_seed(0)
+    batches = list(fedavg.samples(25, 200, 10, 'cpu'))
+    assert len(batches) == 600 and np.mean([len(b) for b in batches]) == pytest.approx(10, rel=0.03) and len({len(b) for b in batches}) > 8
+    assert np.bincount(torch.cat(batches)).min() > 180
+
+#############################################
+#            Secure aggregation             #
+#############################################
+
+def test_the_group_is_rfc_3526s():
+    def arctan(k, one):         # of 1/k
+        total, term, i = 0, one // k, 1
+        while term: total, term, i = total + (term // i if i % 4 == 1 else -(term // i)), term // k**2, i + 2
+        return total
+    one = 1 << 2100
+    pi = 4 * (4 * arctan(5, one) - arctan(239, one))
+    assert compress.PRIME == 2**2048 - 2**1984 - 1 + 2**64 * ((pi >> (2100 - 1918)) + 124476)
+
+def test_shares_give_the_secret_and_too_few_do_not():
+    secret = 2**256 - 12345
+    shares = compress.split(secret, [1, 2, 5, 9, 14], 3)
+    assert all(compress.join({x: shares[x] for x in xs}) == secret for xs in ((1, 2, 5), (14, 9, 2), (1, 2, 5, 9, 14)))
+    assert compress.join({x: shares[x] for x in (1, 2)}) != secret
+    sealed = compress.seal(b'k' * 32, b'a share')
+    assert compress.unseal(b'k' * 32, sealed) == b'a share' and b'share' not in sealed
+    for bad in (sealed[:-1], b'x' + sealed[1:], b''):
+        with pytest.raises(ValueError): compress.unseal(b'k' * 32, bad)
+    for public in (0, 1, compress.PRIME - 1, compress.PRIME):
+        with pytest.raises(ValueError): compress.agree(5, public)
+
+STEPS = ['advertise', 'share', 'mask', 'reveal']
+
+def protocol(m, d, lost, threshold):
+    """secure_sum among m clients with random terms, those in lost {k: step} gone from that step on: its result, them, all answers."""
+    draw = np.random.default_rng(0)
+    clients = {7 * k: compress.SecureClient(7 * k, draw.integers(2**32, size=d, dtype=np.uint32), threshold) for k in range(m)}
+    answers = {step: {} for step in STEPS}
+    def ask(k, step, message):
+        if k in lost and STEPS.index(step) >= STEPS.index(lost[k]): return None
+        answers[step][k] = getattr(clients[k], step)(message)
+        return answers[step][k]
+    try: return compress.secure_sum(ask, list(clients), threshold, d), clients, answers
+    except ValueError as e: return e, clients, answers
+
+@pytest.mark.parametrize('lost', [{}, {0: 'advertise'}, {7: 'share'}, {14: 'mask'}, {21: 'reveal'}, {7: 'share', 14: 'mask', 28: 'reveal'}])
+def test_the_sum_of_the_survivors_is_exact(lost):
+    (total, who), clients, answers = protocol(6, 50, lost, 3)
+    assert who == [k for k in clients if lost.get(k) in (None, 'reveal')]
+    assert np.array_equal(total, sum(clients[k].x.astype(np.uint64) for k in who).astype(np.uint32))
+    shares = {k: json.loads(answer) for k, answer in answers['reveal'].items()}
+    for v in answers['share']:          # of one that has sent its vector the server has the seed, of one that has not the masking key
+        secret = compress.join({k + 1: its[str(v)] for k, its in list(shares.items())[:3]})
+        assert secret == (clients[v].seed if v in who else clients[v].masking)
+    for k in shares:
+        with pytest.raises((ValueError, TypeError, AttributeError)): clients[k].reveal(json.dumps(who).encode())
+
+def test_under_the_threshold_nothing_is_revealed():
+    for step, left in (('advertise', 3), ('share', 3), ('mask', 3), ('reveal', 3)):
+        error, _, answers = protocol(6, 5, {0: step, 7: step, 14: step}, 4)
+        assert isinstance(error, ValueError) and '4 are needed' in str(error) and (step == 'reveal' or not answers['reveal'])
+    client = protocol(6, 5, {}, 4)[1][0]
+    client.sealed = {7: b''}
+    with pytest.raises(ValueError, match='needed'): client.reveal(b'[0, 7, 14]')        # whatever the server says
+
+def test_a_masked_vector_looks_uniform():
+    _, clients, answers = protocol(3, 50000, {}, 2)
+    for k, client in clients.items():
+        y = np.frombuffer(answers['mask'][k], '<u4')
+        for byte in range(4):
+            counts = np.bincount(y >> (8 * byte) & 255, minlength=256)
+            assert ((counts - 50000 / 256) ** 2 / (50000 / 256)).sum() < 360        # chi-squared, 255 degrees of freedom: p < 1e-5
+        assert abs(np.corrcoef(y, client.x)[0, 1]) < 0.03
+
+def test_secure_aggregation_gives_the_weighted_mean(run, tmp_path):
+    words = '--unequal 1 --epochs 2 --frac 0.5'
+    histories = {name: run(f'{words} {more} --checkpoint {tmp_path}/{name}') for name, more in
+                 (('plain', ''), ('secure', '--secagg 1'), ('pruned', '--prune 0.9 --prune_end 1'), ('both', '--secagg 1 --prune 0.9 --prune_end 1'))}
+    w = {name: torch.cat([v.flatten() for v in weights(tmp_path / name).values()]) for name in histories}
+    for a, b in (('plain', 'secure'), ('pruned', 'both')):
+        assert 0 < (w[a] - w[b]).norm() < 5e-3 * w[a].norm()
+        assert histories[a][1]['train_loss'] == pytest.approx(histories[b][1]['train_loss'], rel=1e-3)
+        assert histories[b][0]['up_bytes'] > histories[a][0]['up_bytes'] and histories[b][0]['clients'] == 5
+    assert (w['both'] == 0).sum() == (w['pruned'] == 0).sum() > 170000
+
+def test_a_round_below_the_threshold_leaves_the_weights(run, tmp_path, capsys):
+    history = run(f'--secagg 1 --frac 0.8 --drop 0.7 --epochs 4 --seed 3')
+    given_up = [row['round'] for row in history if not row['clients']]
+    out = capsys.readouterr().out
+    assert given_up and all(f'round {t}: secure aggregation is given up' in out for t in given_up)
+    for t in given_up:
+        if t > 1: assert history[t - 1]['test_loss'] == history[t - 2]['test_loss']
+
+def test_private_and_secure_go_together(run, tmp_path):
+    for name, more in (('dp', ''), ('both', '--secagg 1')):
+        history = run(f'--dp user --clip 0.3 --noise 0.01 --frac 0.6 {more} --checkpoint {tmp_path}/{name}')
+    a, b = (torch.cat([v.flatten() for v in weights(tmp_path / name).values()]) for name in ('dp', 'both'))
+    assert 0 < (a - b).norm() < 2e-3 * a.norm() and history[-1]['epsilon'] > 0
+
+def test_a_terms_rounding_does_not_lengthen_it_beyond_the_clip():
+    w = {'v': torch.zeros(1000)}
+    wire, _ = wired(w, dp='user', clip=0.5, range=0.5, secagg=1, quantize=12)
+    secure = fedavg.SecureWire(wire.args, w, np.ones(4, int))
+    secure.downlink(w, None, [0], {'down_bytes': 0})
+    for k in range(4):
+        x = secure.term({'v': torch.randn(1000, generator=torch.Generator().manual_seed(k))}, 1.0, torch.zeros(1000), k, 1)
+        assert 0.4 < np.linalg.norm(x[:-1] * secure.step - 0.5) <= 0.5
+        assert (x[-1] * secure.step / 0.5 - 1 + 1) * 8 == pytest.approx(1.0, abs=0.01)
+
+def test_a_sum_that_could_overflow_is_refused(capsys):
+    args = wired({'v': torch.zeros(3)}, range=1.0, secagg=1)[0].args
+    fedavg.SecureWire(args, {'v': torch.zeros(3)}, np.full(10000, 6))           # 10,000 clients: 60,000 examples at 16 bits
+    with pytest.raises(SystemExit): fedavg.SecureWire(args, {'v': torch.zeros(3)}, np.full(10000, 7))
+    assert '--quantize 15 fits' in capsys.readouterr().err
+
+def test_secure_silos_and_processes_give_what_one_gives(data, run, tmp_path):
+    words = '--secagg 1 --drop 0.2 --epochs 3 --engine loop'
+    two = torchrun(f'{words} --checkpoint {tmp_path}/two', data)
+    for rank in range(3): write_mnist(tmp_path / f'silo{rank}', train=30, test=20)
+    silos = torchrun(f'{words} --drop 0.1 --seed 5 --silo 1 --frac 1 --threshold 0.5 --checkpoint {tmp_path}/silos --log {tmp_path}/l.csv', f'{tmp_path}/silo{{rank}}', processes=3)
+    run(f'{words} --frac 0.8 --checkpoint {tmp_path}/one')
+    for job in (two, silos):
+        out, err = job.communicate(timeout=100)
+        assert job.returncode == 0, err
+    a, b = (torch.cat([v.flatten() for v in weights(tmp_path / name).values()]) for name in ('one', 'two'))
+    assert (a - b).norm() < 1e-4 * a.norm()
+    logged = read_log(tmp_path / 'l.csv')[1]
+    assert sum(int(r['lost']) for r in logged) > 0 and all(int(r['clients']) + int(r['lost']) >= 3 for r in logged)
+    assert all(float(r['train_loss']) < 2.5 for r in logged)
+
+def test_lost_clients_come_at_random_and_are_left_out(run):
+    lost = [sampling.lose(range(100), 0.3, sampling.rng(0, t)) for t in range(50)]
+    assert np.mean([len(them) for them in lost]) == pytest.approx(30, rel=0.1) and {stage for them in lost for stage in them.values()} == {0, 1, 2}
+    history = run('--drop 0.5 --frac 1')
+    assert all(row['clients'] + row['lost'] == 10 for row in history) and sum(row['lost'] for row in history) > 5
+    assert [row['up_bytes'] / row['clients'] for row in history] == [26 + 4 * 199210] * 3
+    nobody = run('--drop 1 --epochs 2')
+    assert [row['clients'] for row in nobody] == [0, 0] and nobody[0]['test_loss'] == nobody[1]['test_loss'] and nobody[0]['train_loss'] == ''
 
 #############################################
 #            Partitions (d, e)              #
@@ -935,7 +1170,7 @@ def test_log_holds_the_options_and_one_row_a_round(run, tmp_path):
     history = run(f'--local_bs inf --log {tmp_path}/l.csv')
     options_, rows = read_log(tmp_path / 'l.csv')
     assert options_['local_bs'] == 'inf' and options_['num_users'] == 10
-    assert ','.join(rows[0]) == 'round,train_loss,test_loss,test_acc,clients,rejected,up_bytes,down_bytes,upload_seconds,epsilon,seconds'
+    assert ','.join(rows[0]) == 'round,train_loss,test_loss,test_acc,clients,rejected,lost,up_bytes,down_bytes,upload_seconds,epsilon,seconds'
     assert [r['round'] for r in rows] == ['1', '2', '3'] and {r['clients'] for r in rows} == {'3'}
     assert [float(r['test_acc']) for r in rows] == [row['test_acc'] for row in history]
 
@@ -1045,7 +1280,13 @@ def test_plot_is_drawn(run, tmp_path):
     ('--resume --checkpoint no_such_file', 'no_such_file'), ('--silo 1', 'torchrun'), ('--data_dir x{rank}', '--silo'), ('--engine loop --compile 1', '--engine'),
     ('--quantize 0', 'at most 16'), ('--quantize 17', 'at most 16'), ('--topk 0', '--topk'), ('--topk 1.1', '--topk'), ('--error_feedback 0', '--topk'),
     ('--prune 1', '--prune'), ('--prune_end 5', 'add --prune'), ('--prune 0.5 --prune_begin 9 --prune_end 9', 'comes after'), ('--bandwidth 0', '--bandwidth'),
-    ('--prune 0.5 --prune_end 30 --epochs 20', '--epochs 20'), ('--separable 1', '--model cnn'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])
+    ('--prune 0.5 --prune_end 30 --epochs 20', '--epochs 20'), ('--separable 1', '--model cnn'),
+    ('--clip 1', '--dp'), ('--epsilon 2', '--dp'), ('--delta 0.1', '--dp'), ('--dp user --noise 1', '--clip'), ('--dp user --clip 1', '--epsilon'),
+    ('--dp user --clip 1 --noise 1 --epsilon 2', 'either'), ('--dp all', 'example'), ('--dp user --clip 0 --noise 1', '--clip'),
+    ('--dp user --clip 1 --noise 1 --frac 0', '--frac'), ('--dp user --clip 1 --noise 1 --all_clients 1', '--all_clients'),
+    ('--dp example --clip 1 --noise 1 --engine stacked', 'stacked'), ('--delta 1 --dp user --clip 1 --noise 1', '--delta'),
+    ('--secagg 1 --topk 0.1', '--topk'), ('--secagg 1 --frac 0.01', 'one client'), ('--threshold 0.5', '--secagg'), ('--range 2', '--secagg'),
+    ('--secagg 1 --threshold 0', '--threshold'), ('--drop 1.1', '--drop'), ('--secagg 1 --dp user --clip 1 --noise 1 --range 2', '--clip'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])
 def test_senseless_values_end_in_one_line_before_any_data_are_read(refused, monkeypatch, words, said):
     monkeypatch.setattr(fedavg, 'load', lambda *_: pytest.fail('data were read'))
     assert said in refused(words.split())
