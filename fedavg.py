@@ -465,8 +465,8 @@ def spent(args, n_k, chosen, t, noise):
     if args.dp == 'user': return epsilon(args.frac, noise, t, args.delta or 1 / max(len(n_k), 2))
     took = np.bincount([k for s in range(1, t + 1) for k in chosen(s)], minlength=len(n_k))
     most = {n: took[n_k == n].max() for n in set(n_k.tolist())}
-    return max(epsilon(min(args.local_bs / n, 1), noise, rounds * args.local_ep * math.ceil(n / args.local_bs), args.delta or 1 / max(n, 2))
-               for n, rounds in most.items())
+    B = {n: min(args.local_bs, n) for n in most}
+    return max(epsilon(B[n] / n, noise, rounds * args.local_ep * math.ceil(n / B[n]), args.delta or 1 / max(n, 2)) for n, rounds in most.items())
 
 #############################################
 #      The wire: down and up, in bytes      #

@@ -774,6 +774,8 @@ def test_dp_runs_log_what_they_cost_and_stop_when_it_is_spent(run, capsys, tmp_p
         took[sampling.select(10, 0.3, sampling.rng(1, 'select', t))] += 1
         cost.append(max(compress.epsilon(min(10 / n, 1), 2, r * math.ceil(n / 10), 1 / max(n, 2)) for n, r in zip(n_k.tolist(), took.tolist())))
     assert [row['epsilon'] for row in history] == cost[1:]
+    whole = run('--dp example --clip 1 --noise 2 --local_bs inf --frac 1')       # no sampling: the Gaussian mechanism, a step a round
+    assert [row['epsilon'] for row in whole] == [compress.epsilon(1, 2, t, 1 / 30) for t in (1, 2, 3)]
 
 @pytest.mark.parametrize('S', [1e6, 0.3])
 def test_dp_sgd_clips_each_examples_gradient(S):
