@@ -100,7 +100,8 @@ def private_gradients(net, x, y, S, noise, B):
     one = lambda w, x, y: F.cross_entropy(functional_call(net, w, (x[None],)), y[None])
     loss, total = torch.zeros((), device=x.device), {name: torch.zeros_like(p) for name, p in w.items()}
     if len(y):
-        grads, losses = vmap(grad_and_value(one), (None, 0, 0), randomness='different')({name: p.detach() for name, p in w.items()}, x, y)
+        at = {name: p.detach() for name, p in w.items()}
+        grads, losses = vmap(grad_and_value(one), (None, 0, 0), randomness='different')(at, x, y)
         norms = sum(g.flatten(1).double().square().sum(1) for g in grads.values()).sqrt()               # (B,)
         scale = (S / norms.clamp(min=S)).to(x.dtype)
         loss, total = losses.mean().detach(), {name: torch.tensordot(scale, g, 1) for name, g in grads.items()}
@@ -204,7 +205,8 @@ class Stacked:
 
     def stack(self, net, m, lr):
         """m copies of net's weights and a fresh optimizer for them."""
-        self.w = [p.detach().expand(m, *p.shape).clone(memory_format=torch.contiguous_format).requires_grad_() for p in net.parameters()]
+        copies = (p.detach().expand(m, *p.shape).clone(memory_format=torch.contiguous_format) for p in net.parameters())
+        self.w = [v.requires_grad_() for v in copies]
         self.optimizer = optimizer(self.args, self.w, lr)
 
     def narrow(self, m):
@@ -248,8 +250,8 @@ class Compiled(Stacked):
         self.B = B
         for v in self.w: v.requires_grad_(False).grad = torch.zeros_like(v)
         self.optimizer.step()       # makes the optimizer's state
-        for v in (*self.w, *(u for state in self.optimizer.state.values() for u in state.values() if isinstance(u, torch.Tensor))):
-            torch._dynamo.mark_static_address(v)        # or a CUDA graph would not be made of a step that changes it in place
+        state = [u for kept in self.optimizer.state.values() for u in kept.values() if isinstance(u, torch.Tensor)]
+        for v in self.w + state: torch._dynamo.mark_static_address(v)       # or no CUDA graph is made of a step that changes them
         mode = 'reduce-overhead' if args.device.type == 'cuda' else 'max-autotune-no-cudagraphs'
         self.step = torch.compile(self.step, mode=mode)
 
@@ -317,7 +319,8 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
 
     w: an iterable of state_dicts with their n_k in n (without n the plain mean), or one of pairs (state_dict, n_k); taken
     one by one, so that a few models are in memory at a time. Floating point tensors, buffers too, are averaged (summed in
-    float64); others are the first's (of this process). The result shares no memory with what went in; None if nothing did, or n_k of 0 only.
+    float64); others are the first's (of this process). The result shares no memory with what went in; None if nothing did, or
+    n_k of 0 only.
     all_sum: adds a list of tensors up over all processes, in place; each of them then has the mean over the clients of all.
     Raises ValueError if state_dicts differ in their keys or shapes, or if n is of another length.
     """
@@ -445,8 +448,8 @@ def receive(rank):
 #############################################
 
 def noised(updates, w, S, noise, weights, draw, first):
-    """DP-FedAvg's average (McMahan et al. 2018, Algorithm 1): (w_k, n_k) in; out, each as far from w as S allows, noise of
-    deviation noise S on their sum, and w itself as often as makes all weights add up to `weights`, C K.
+    """DP-FedAvg's average (McMahan et al. 2018, Algorithm 1): (w_k, n_k) in; out, each as far from w as S allows (None: it is
+    already), noise of deviation `noise` on their sum, and w itself as often as makes all weights add up to `weights`, C K.
 
     Of several processes each has its own clients, the first the rest. The noise is drawn whoever came, from draw, a NumPy generator.
     """
@@ -457,16 +460,34 @@ def noised(updates, w, S, noise, weights, draw, first):
     if first: yield unflat(v + torch.from_numpy(draw.normal(0, noise, len(v))).float(), w), 1
     yield w, (weights - 1 if first else 0) - m
 
-def spent(args, n_k, chosen, t, noise):
+def private(args, updates, w, n_k, S_t, t, first):
+    """The terms of --dp user's average: noised, with what the flags say. Under --secagg the clients have clipped."""
+    return noised(updates, w, None if args.secagg else args.clip, args.noise * args.clip, args.frac * len(n_k),
+                  rng(args.seed, 'noise', t), first)
+
+def unasked(args, updates, w, n_k, S_t, t, first):
+    """The terms of Algorithm 1's average: those that came, and under --all_clients w for every client that was not asked."""
+    yield from updates
+    yield w, int(n_k.sum() - n_k[S_t].sum()) if args.all_clients and first else 0
+
+def planned(args, n_k, asked):
+    """The noise with which --epochs rounds cost --epsilon at most."""
+    try: noise = least_noise(lambda noise: spent(args, n_k, asked, args.epochs, noise), args.epsilon)
+    except ValueError as e: fail(f'--epsilon {args.epsilon}: {e}; take more')
+    print(f'--epsilon {args.epsilon}: noise {noise:.4g} for {args.epochs} rounds')
+    return noise
+
+def spent(args, n_k, asked, t, noise):
     """The epsilon that t rounds cost: of a client under --dp user, of an example of the client that it costs most under example.
 
-    chosen: the clients that round t asks, a function of t. Those that are lost count too.
+    asked: the clients that round t asks, a function of t. Those that are lost count too.
     """
     if args.dp == 'user': return epsilon(args.frac, noise, t, args.delta or 1 / max(len(n_k), 2))
-    took = np.bincount([k for s in range(1, t + 1) for k in chosen(s)], minlength=len(n_k))
+    took = np.bincount([k for s in range(1, t + 1) for k in asked(s)], minlength=len(n_k))
     most = {n: took[n_k == n].max() for n in set(n_k.tolist())}
     B = {n: min(args.local_bs, n) for n in most}
-    return max(epsilon(B[n] / n, noise, rounds * args.local_ep * math.ceil(n / B[n]), args.delta or 1 / max(n, 2)) for n, rounds in most.items())
+    steps = {n: rounds * args.local_ep * math.ceil(n / B[n]) for n, rounds in most.items()}
+    return max(epsilon(B[n] / n, noise, steps[n], args.delta or 1 / max(n, 2)) for n in most)
 
 #############################################
 #      The wire: down and up, in bytes      #
@@ -546,8 +567,8 @@ class Wire:
     def uplink(self, updates, w, t, dealt, lost, tally):
         """(k, w_k, n_k, loss) in, (w_k, n_k) out for those that the server accepts; where payloads are gathered, at rank 0 alone.
 
-        dealt: the clients of each process; lost: {k: stage} of those that are lost. tally: a dict in which it counts clients, rejected and up_bytes, and sums the accepted
-        n_k (m_t) and n_k loss (loss).
+        dealt: the clients of each process; lost: {k: stage} of those that are lost. tally: a dict in which it counts clients,
+        rejected, lost and up_bytes, and sums the accepted n_k (m_t) and n_k loss (loss).
         """
         base = flat(w) if self.args.quantize or self.args.topk else torch.zeros(self.d)
         if self.rank == 0: tally['lost'] += len(lost)
@@ -637,7 +658,8 @@ class SecureWire(Wire):
         self.weight = np.ones(len(n_k), int) if args.dp == 'user' else np.array(n_k)
         bits, most = args.quantize or 16, int(self.weight.sum())
         if (2**bits - 1) * most >= 2**32:
-            fail(f'--secagg 1: the sum of {bits} bits times {most} examples may exceed 32 bits; --quantize {(2**32 // most).bit_length() - 1} fits')
+            fail(f'--secagg 1: the sum of {bits} bits times {most} examples may exceed 32 bits; '
+                 f'--quantize {(2**32 // most).bit_length() - 1} fits')
         self.levels, self.step = 2**bits - 1, 2 * args.range / (2**bits - 1)
 
     def term(self, w_k, loss, base, k, t):
@@ -665,7 +687,8 @@ class SecureWire(Wire):
         if self.remote: return self.serve(clients) if self.rank in asked else None
         if self.rank: return
         tally['lost'] += len(lost)
-        try: total, who = secure_sum(self.asker(clients, lost, tally), asked if self.args.silo else sorted(clients), threshold, len(nothing))
+        ks = asked if self.args.silo else sorted(clients)
+        try: total, who = secure_sum(self.asker(clients, lost, tally), ks, threshold, len(nothing))
         except ValueError as e: return print(f'round {t}: secure aggregation is given up: {e}')
         finally:
             for k in asked if self.args.silo else ():
@@ -766,7 +789,8 @@ def restore(path, options):
         if not {'kept', 'left', 'holders'} <= wire.keys(): raise ValueError('half empty')
         if not w or not all(set(COLUMNS) <= set(row) for row in history): raise ValueError('half empty')
     except Exception as e:      # what torch.load raises for foreign bytes is not documented
-        fail(f'--checkpoint {path}: not a checkpoint of this program ({type(e).__name__}); or of another version; name one, or leave --resume out', everyone=True)
+        fail(f'--checkpoint {path}: not a checkpoint of this program, or of another version of it ({type(e).__name__}); name one, or '
+             'leave --resume out', everyone=True)
     other = [name for name, v in options.items() if name not in FREE and was[name] != v and not (name == 'noise' and was['epsilon'])]
     if other:
         fail('--resume 1: the checkpoint was made with ' + ', '.join(f'--{name} {was[name]} (given: {options[name]})' for name in other)
@@ -793,8 +817,8 @@ def upload_seconds(row, bandwidth):
 def progress(args, history):
     """The last round in a line."""
     row = history[-1]
-    print(f'round {row["round"]:4d}/{args.epochs}   train loss {row["train_loss"] or math.nan:.4f}   test acc {100 * row["test_acc"]:.2f} %   '
-          f'best {100 * max(r["test_acc"] for r in history):.2f} %   '
+    print(f'round {row["round"]:4d}/{args.epochs}   train loss {row["train_loss"] or math.nan:.4f}   '
+          f'test acc {100 * row["test_acc"]:.2f} %   best {100 * max(r["test_acc"] for r in history):.2f} %   '
           + ''.join(f'{row[name]} {name}   ' for name in ('rejected', 'lost') if row[name]) +
           f'up {row["up_bytes"] / 1e6:.3g} MB ({row["upload_seconds"]:.3g} s a client)   down {row["down_bytes"] / 1e6:.3g} MB   '
           + (f'epsilon {row["epsilon"]:.3g}   ' if row['epsilon'] != '' else '') +
@@ -896,15 +920,13 @@ def main(argv=None):
     w = copy.deepcopy(net.state_dict())
     wire = (SecureWire if args.secagg else Wire)(args, w, n_k, rank, size)
     if history: wire.resume(state, len(history))
-    chosen = functools.lru_cache(None)(lambda t: (poisson if args.dp == 'user' else select)(K, args.frac, rng(args.seed, 'select', t)).tolist())
-    if args.epsilon and args.noise is None:
-        try: args.noise = was.get('noise') or least_noise(lambda noise: spent(args, n_k, chosen, args.epochs, noise), args.epsilon)
-        except ValueError as e: fail(f'--epsilon {args.epsilon}: {e}; take more')
-        options['noise'] = args.noise
-        print(f'--epsilon {args.epsilon}: noise {args.noise:.4g} for {args.epochs} rounds')
-    average = FedAvg if args.silo else functools.partial(FedAvg, all_sum=all_sum)       # of silos only rank 0 has updates
+    draw = poisson if args.dp == 'user' else select
+    asked = functools.lru_cache(None)(lambda t: draw(K, args.frac, rng(args.seed, 'select', t)).tolist())
     B = min(args.local_bs, max(map(len, parts.values())))
     clients = engine(args, net, math.ceil(max(round(args.frac * K), 1) / size), B)
+    if args.dp and args.noise is None: options['noise'] = args.noise = was.get('noise') or planned(args, n_k, asked)
+    complete = private if args.dp == 'user' else unasked
+    average = FedAvg if args.silo else functools.partial(FedAvg, all_sum=all_sum)       # of silos only rank 0 has updates
     print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
           f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
     if args.compile: clients.compile(train, bool(args.prune))
@@ -916,14 +938,14 @@ def main(argv=None):
     try:
         for t in range(len(history) + 1, args.epochs + 1):
             if reached(args, history): break
-            cost = spent(args, n_k, chosen, t, args.noise) if args.dp else ''
+            cost = spent(args, n_k, asked, t, args.noise) if args.dp else ''
             if args.epsilon and cost > args.epsilon:
                 print(f'--epsilon {args.epsilon} is spent after round {t - 1}')
                 break
             began = time.perf_counter()
             tally = dict.fromkeys(('clients', 'rejected', 'lost', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
 
-            S_t = chosen(t)
+            S_t = asked(t)
             lost = lose(S_t, args.drop, rng(args.seed, 'drop', t))                  # {k: stage}
             there = [k for k in S_t if k not in lost or (args.secagg and lost[k] == 2)]
             dealt = [[k] if k in there else [] for k in range(size)] if args.silo else shares(there, n_k, size)
@@ -932,10 +954,8 @@ def main(argv=None):
             net.load_state_dict(w_t)
             updates = clients(args, net, train, parts, dealt[rank], t, mask)        # (k, w_k, n_k, loss), one at a time
             updates = wire.uplink(updates, w_t, t, dealt, lost, tally)              # (w_k, n_k) of those that are accepted
-            if args.dp == 'user': updates = noised(updates, w_t, None if args.secagg else args.clip, args.noise * args.clip, args.frac * K,
-                                                   rng(args.seed, 'noise', t), rank == 0)
-            rest = int(n_k.sum() - n_k[S_t].sum()) if args.all_clients and rank == 0 else 0
-            w_next = average(itertools.chain(updates, [(w_t, rest)])) or w_t
+            updates = complete(args, updates, w_t, n_k, S_t, t, rank == 0)          # and what else the average counts
+            w_next = average(updates) or w_t
 
             tally = dict(zip(tally, all_summed(tally.values(), args.device)))
             if not tally['clients'] and tally['rejected']:
@@ -946,17 +966,18 @@ def main(argv=None):
             if not tally['clients']: print(f'round {t}: no client is left')
             net.load_state_dict(w_next)
             test_loss, test_acc = evaluate(net, *test.tensors, args.bs, all_sum)
-            row = dict.fromkeys(COLUMNS, '') | {
-                'round': t, 'train_loss': tally['loss'] / tally['m_t'] if tally['m_t'] else '', 'test_loss': test_loss, 'test_acc': test_acc,
-                'epsilon': cost, **{name: int(tally[name]) for name in ('clients', 'rejected', 'lost', 'up_bytes', 'down_bytes')}}
+            row = {'round': t, 'test_loss': test_loss, 'test_acc': test_acc, 'epsilon': cost} | {name: int(v) for name, v in tally.items()}
+            row['train_loss'] = tally['loss'] / tally['m_t'] if tally['m_t'] else ''
             row['upload_seconds'] = upload_seconds(row, args.bandwidth)
             row['seconds'] = time.perf_counter() - began
+            row = {name: row[name] for name in COLUMNS}
             w, history = w_next, history + [row]
             wire.commit()
 
             rows(log).writerow(row)
             log.flush()
-            if args.checkpoint and t % args.save_every == 0: save(args.checkpoint, options, w, history, wire, wait=args.silo and args.topk)
+            if args.checkpoint and t % args.save_every == 0:
+                save(args.checkpoint, options, w, history, wire, wait=args.silo and args.topk)
             progress(args, history)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)        # torchrun sends a second one, which would cut the saving short
