@@ -283,6 +283,7 @@ class SecureClient:
         """Round 1: the public keys of all, {k: keys}, in; out, for each of the others, sealed shares of masking key and seed."""
         self.public = {int(v): keys for v, keys in json.loads(message).items()}
         self.enough(self.public)
+        self.common = {v: agree(self.sealing, keys[0]) for v, keys in self.public.items() if v != self.k}
         key, seed = (split(secret, [v + 1 for v in self.public], self.threshold) for secret in (self.masking, self.seed))
         self.own = seed[self.k + 1]
         return json.dumps({v: seal(self.channel(v, self.k), json.dumps([key[v + 1], seed[v + 1]]).encode()).hex()
@@ -309,7 +310,7 @@ class SecureClient:
 
     def channel(self, v, sender):
         """The key under which `sender`, this client or v, seals for the other of the two."""
-        return hashlib.sha256(agree(self.sealing, self.public[v][0]) + sender.to_bytes(8, 'big')).digest()
+        return hashlib.sha256(self.common[v] + sender.to_bytes(8, 'big')).digest()
 
     def enough(self, clients):
         if len(clients) < self.threshold: raise ValueError(f'{len(clients)} clients are left, {self.threshold} are needed')
