@@ -5,7 +5,7 @@
 The workload is the peers': MNIST, K = 100 IID clients of 600, m = 10, E = 5, B = 10, SGD with lr 0.01. --peers holds scripts
 called as `python NAME_peer.py NET ROUNDS` (eager and loader: NAME.py) that print "... S s/round ..."; as theirs, our seconds are
 without start-up, without the first round and without evaluation. Printed too: the round with evaluation, the share of it
-that is not local training (evaluation, waiting for the other process, selection, averaging), and rank 0's peak memory.
+that is not local training (evaluation, the wire, waiting for the other process, averaging), and rank 0's peak memory.
 """
 import argparse
 import csv
@@ -32,7 +32,7 @@ def inner(words):
         result = step(*words)
         spent['eval'].append(time.perf_counter() - began)
         return result
-    def timed_uplink(updates, *words, step=fedavg.uplink):
+    def timed_uplink(wire, updates, *words, step=fedavg.Wire.uplink):
         spent['train'].append(0.0)
         def clocked():
             it = iter(updates)
@@ -42,8 +42,8 @@ def inner(words):
                 spent['train'][-1] += time.perf_counter() - began
                 if update is None: return
                 yield update
-        return step(clocked(), *words)
-    fedavg.evaluate, fedavg.uplink = timed_evaluate, timed_uplink
+        return step(wire, clocked(), *words)
+    fedavg.evaluate, fedavg.Wire.uplink = timed_evaluate, timed_uplink
     history = fedavg.main(words)
     median = statistics.median
     rounds = [row['seconds'] for row in history[1:]]
