@@ -15,6 +15,7 @@ This file knows no net and no client. It needs numpy and torch. The privacy of n
 is not a cryptographic one. Secure aggregation is written to be read, and has not been audited: its server is honest but curious,
 there are no signatures, so a server that lies about who is there, or who has gone, is not found out.
 """
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -167,7 +168,7 @@ def prune(v, s):
 #############################################
 
 # Orders of the Renyi divergence; an epsilon is the least that any of them gives.
-ORDERS = np.concatenate([np.arange(1.1, 11, 0.1), np.arange(11, 64), 2.0 ** np.arange(6, 15)])
+ORDERS = np.concatenate([np.arange(1.5, 11, 0.1), np.arange(11, 64), 2.0 ** np.arange(6, 15)])
 
 def clip(update, S):
     """update, (d,), scaled down to an L2 norm of S if it is longer (McMahan et al. 2018, arXiv 1710.06963, Section 2)."""
@@ -210,7 +211,7 @@ def epsilon(q, noise, steps, delta):
     return max(float(found.min()), 0.0)
 
 def least_noise(spent, target):
-    """The least noise, to 0.1 %, from 0.01 on, with spent(noise), an epsilon that falls with it, at most target."""
+    """By bisection, the least noise, to 0.1 %, from 0.01 on, with spent(noise), an epsilon that falls with it, at most target."""
     low = high = 0.01
     while spent(high) > target:
         if high > 1e6: raise ValueError(f'epsilon {target}: no noise up to 10^6 gives it')
@@ -224,6 +225,7 @@ def least_noise(spent, target):
 #        Private: secure aggregation        #
 #############################################
 
+STEPS = 'advertise', 'share', 'mask', 'reveal'      # the protocol's rounds
 # RFC 3526, group 14: 2 generates a group modulo this prime of 2048 bits. Private keys have 256 bits.
 PRIME = int('FFFFFFFFFFFFFFFFC90FDAA22168C234C4C6628B80DC1CD129024E088A67CC74020BBEA63B139B22514A08798E3404DDEF9519B3CD3A'
             '431B302B0A6DF25F14374FE1356D6D51C245E485B576625E7EC6F44C42E9A637ED6B0BFF5CB6F406B7EDEE386BFB5A899FA5AE9F2411'
@@ -233,16 +235,17 @@ PRIME = int('FFFFFFFFFFFFFFFFC90FDAA22168C234C4C6628B80DC1CD129024E088A67CC74020
 FIELD = 2**521 - 1      # the prime of Shamir's field, above every secret
 
 def agree(private, public):
-    """The 32 bytes that two key pairs have in common: Diffie-Hellman, hashed. Raises ValueError for a public key out of range."""
+    """The 32 bytes that two key pairs have in common: Diffie-Hellman, hashed (Bonawitz et al., Section 3.2). Raises ValueError for a public key out of range."""
     if not 1 < public < PRIME - 1: raise ValueError('a public key is out of range')
     return hashlib.sha256(pow(public, private, PRIME).to_bytes(256, 'big')).digest()
 
 def expand(secret, d):
-    """A secret's mask, (d,) uint32, by SHAKE-256."""
+    """A secret's mask, (d,) uint32, by SHAKE-256 (Section 3.4)."""
     return np.frombuffer(hashlib.shake_256(secret).digest(4 * d), '<u4')
 
 def split(secret, xs, threshold):
-    """Shares {x: y} of a whole number below FIELD, of which `threshold` give it and fewer nothing (Shamir 1979). xs: not 0."""
+    """Shares {x: y} of a whole number below FIELD, of which `threshold` give it and fewer nothing (Shamir 1979; Section 3.1).
+    xs: not 0."""
     polynomial = [secret] + [secrets.randbelow(FIELD) for _ in range(threshold - 1)]
     return {x: functools.reduce(lambda y, c: (y * x + c) % FIELD, reversed(polynomial), 0) for x in xs}
 
@@ -255,7 +258,7 @@ def join(shares):
     return secret % FIELD
 
 def seal(key, text):
-    """text, bytes, encrypted by XOR with SHAKE-256 of a key used once, and authenticated by HMAC-SHA-256."""
+    """text, bytes, encrypted by XOR with SHAKE-256 of a key used once, and authenticated by HMAC-SHA-256 (Section 3.3)."""
     body = bytes(a ^ b for a, b in zip(text, hashlib.shake_256(b'seal' + key).digest(len(text))))
     return body + hmac.digest(b'tag' + key, body, 'sha256')
 
@@ -265,15 +268,35 @@ def unseal(key, sealed):
     if not hmac.compare_digest(tag, hmac.digest(b'tag' + key, body, 'sha256')): raise ValueError('a sealed share was altered')
     return bytes(a ^ b for a, b in zip(body, hashlib.shake_256(b'seal' + key).digest(len(body))))
 
+def term(v, R, bits, weight, draw):
+    """What a client adds to a sum modulo 2^32, (d,) uint32: weight times the level to which each of v, (d,), is rounded at random, of
+    2^bits evenly from -R to R, beyond which v is clamped; each level times 2 R / (2^bits - 1), minus R, is v on average.
+
+    Raises ValueError if v is not finite.
+    """
+    v, top = np.asarray(v, np.float64), 2**bits - 1
+    if not np.isfinite(v).all(): raise ValueError('it holds NaN or infinity')
+    x = (v.clip(-R, R) + R) * (top / (2 * R))
+    return np.minimum(np.floor(x + draw.random(len(x))), top).astype(np.uint32) * np.uint32(weight)
+
 class SecureClient:
     """One client's side of secure aggregation (Bonawitz et al. 2017, Figure 4): four answers to the server, bytes for bytes.
 
-    k: its number; x: (d,) uint32, what it adds to the sum modulo 2^32; threshold: how many clients must stay. Every method raises
-    ValueError, and the client answers no more, if they are fewer or a message is not what it should be.
+    k: its number; x: (d,) uint32, what it adds to the sum modulo 2^32; threshold: how many clients must stay.
     """
     def __init__(self, k, x, threshold):
-        self.k, self.x, self.threshold = k, x, threshold
+        self.k, self.x, self.threshold, self.steps = k, x, threshold, STEPS
         self.sealing, self.masking, self.seed = (secrets.randbits(256) for _ in range(3))       # c^SK, s^SK and b of the paper
+
+    def answer(self, step, message):
+        """Its answer in a step, each of STEPS once and in order. Raises ValueError, and answers no more, if the clients are fewer
+        than the threshold or the message is not what it should be."""
+        if step not in self.steps[:1]: raise ValueError(f'{step!r} is not what comes next')
+        steps, self.steps = self.steps[1:], ()
+        try: answer = getattr(self, step)(message)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as e: raise ValueError(f'a message makes no sense: {e!r}') from e
+        self.steps = steps
+        return answer
 
     def advertise(self, _):
         """Round 0: its two public keys."""
@@ -283,6 +306,7 @@ class SecureClient:
         """Round 1: the public keys of all, {k: keys}, in; out, for each of the others, sealed shares of masking key and seed."""
         self.public = {int(v): keys for v, keys in json.loads(message).items()}
         self.enough(self.public)
+        if len({key for keys in self.public.values() for key in keys}) < 2 * len(self.public): raise ValueError('two keys are the same')
         self.common = {v: agree(self.sealing, keys[0]) for v, keys in self.public.items() if v != self.k}
         key, seed = (split(secret, [v + 1 for v in self.public], self.threshold) for secret in (self.masking, self.seed))
         self.own = seed[self.k + 1]
@@ -300,12 +324,12 @@ class SecureClient:
         return y.astype('<u4').tobytes()
 
     def reveal(self, message):
-        """Round 3: who has sent its masked x, [k, ...], in; out, once only, {k: share}: of the seed of those who have, of the masking
-        key of those who have not. Both of one client would unmask it."""
-        survivors, sealed = set(json.loads(message)), self.sealed
+        """Round 3: who has sent its masked x, [k, ...], in; out {k: share}: of the seed of those who have, of the masking key of
+        those who have not. Both of one client would unmask it."""
+        survivors = set(json.loads(message)) & {self.k, *self.sealed}
         self.enough(survivors)
-        self.sealed = None
-        shares = {v: json.loads(unseal(self.channel(v, v), text))[v in survivors] for v, text in sealed.items()}
+        if self.k not in survivors: raise ValueError('it has sent its masked vector')
+        shares = {v: json.loads(unseal(self.channel(v, v), text))[v in survivors] for v, text in self.sealed.items()}
         return json.dumps({self.k: self.own} | shares).encode()
 
     def channel(self, v, sender):
@@ -318,25 +342,37 @@ class SecureClient:
 def secure_sum(ask, ks, threshold, d):
     """(sum, who): the sum modulo 2^32, (d,) uint32, of what the clients add that have sent it, a list, from masked vectors alone.
 
-    ask(k, step, message): client k's answer, bytes, in its step 'advertise', 'share', 'mask' or 'reveal'; None once it is lost.
-    Raises ValueError if fewer than threshold answer. The server's side of Bonawitz et al. 2017, Figure 4.
+    ask(k, step, message): client k's answer, bytes, in a step of STEPS; None once it is lost. A client whose answer makes no sense
+    is lost too. Raises ValueError if fewer than threshold answer. The server's side of Bonawitz et al. 2017, Figure 4.
     """
-    def everyone(step, messages):
-        answers = {k: ask(k, step, message) for k, message in messages.items()}
-        answers = {k: answer for k, answer in answers.items() if answer is not None}
+    def everyone(step, messages, read):
+        answers = {}
+        for k, message in messages.items():
+            answer = ask(k, step, message)
+            with contextlib.suppress(ValueError, TypeError, AttributeError): answers |= {k: read(k, answer)} if answer is not None else {}
         if len(answers) < threshold: raise ValueError(f'{len(answers)} of {len(ks)} clients have come to "{step}", {threshold} are needed')
         return answers
+    def numbers(answer, keys):
+        """{k: ...} of a JSON answer, which must be about the clients `keys`."""
+        found = {int(v): y for v, y in json.loads(answer).items()}
+        if set(found) != set(keys): raise ValueError
+        return found
+    def vector(_, answer):
+        if len(answer) != 4 * d: raise ValueError
+        return np.frombuffer(answer, '<u4')
 
-    public = {k: json.loads(answer) for k, answer in everyone('advertise', dict.fromkeys(ks, b'')).items()}
-    answers = everyone('share', dict.fromkeys(public, json.dumps(public).encode()))
-    sealed = {k: json.loads(answer) for k, answer in answers.items()}
-    masked = everyone('mask', {k: json.dumps({v: sealed[v][str(k)] for v in sealed if v != k}).encode() for k in sealed})
-    answers = everyone('reveal', dict.fromkeys(masked, json.dumps(list(masked)).encode()))
-    shares = {k: json.loads(answer) for k, answer in answers.items()}
+    public = everyone('advertise', dict.fromkeys(ks, b''), lambda _, answer: [int(key) for key in json.loads(answer)])
+    everybody = dict.fromkeys(public, json.dumps(public).encode())
+    sealed = everyone('share', everybody, lambda k, answer: numbers(answer, set(public) - {k}))
+    messages = {k: {v: sealed[v][k] for v in sealed if v != k} for k in sealed}
+    masked = everyone('mask', {k: json.dumps(message).encode() for k, message in messages.items()}, vector)
+    survivors = dict.fromkeys(masked, json.dumps(list(masked)).encode())
+    shares = everyone('reveal', survivors, lambda _, answer: numbers(answer, sealed))
     total = np.zeros(d, np.uint32)
-    for y in masked.values(): total += np.frombuffer(y, '<u4')
+    for y in masked.values(): total += y
     for v in sealed:
-        secret = join({k + 1: shares[k][str(v)] for k in list(shares)[:threshold]})
+        secret = join({k + 1: shares[k][v] for k in list(shares)[:threshold]})
+        if secret >= 2**256: raise ValueError(f'the shares of client {v} do not fit together')
         if v in masked: total -= expand(secret.to_bytes(32, 'big'), d)      # its seed's mask
         else:                                                               # the masks of its pairs, which nobody cancels
             for k in masked:

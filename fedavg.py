@@ -43,7 +43,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset
 
-from compress import SecureClient, clip, decode, encode, epsilon, least_noise, prune, secure_sum, sparsity
+from compress import STEPS, SecureClient, clip, decode, encode, epsilon, least_noise, prune, secure_sum, sparsity, term
 from models import build
 from options import args_parser, fail
 from sampling import load, lose, partition, poisson, rng, select
@@ -98,15 +98,16 @@ def private_gradients(net, x, y, S, noise, B):
     """
     w = dict(net.named_parameters())
     one = lambda w, x, y: F.cross_entropy(functional_call(net, w, (x[None],)), y[None])
-    loss, total = torch.zeros((), device=x.device), {name: torch.zeros_like(p) for name, p in w.items()}
-    if len(y):
-        at = {name: p.detach() for name, p in w.items()}
+    loss, seen, total = torch.zeros((), device=x.device), len(y), {name: torch.zeros_like(p) for name, p in w.items()}
+    at = {name: p.detach() for name, p in w.items()}
+    for x, y in zip(x.split(64), y.split(64)) if len(y) else ():       # as many gradients at a time
         grads, losses = vmap(grad_and_value(one), (None, 0, 0), randomness='different')(at, x, y)
-        norms = sum(g.flatten(1).double().square().sum(1) for g in grads.values()).sqrt()               # (B,)
-        scale = (S / norms.clamp(min=S)).to(x.dtype)
-        loss, total = losses.mean().detach(), {name: torch.tensordot(scale, g, 1) for name, g in grads.items()}
+        norms = sum(g.flatten(1).double().square().sum(1) for g in grads.values()).sqrt()               # (64,)
+        scale = (S / norms.clamp(min=S)).nan_to_num(0).to(x.dtype)
+        for name, g in grads.items(): total[name] += torch.tensordot(scale, g if norms.isfinite().all() else g.nan_to_num(0, 0, 0), 1)
+        loss += losses.detach().sum()
     for name, p in w.items(): p.grad = (total[name] + noise * S * torch.randn_like(p)) / B
-    return loss
+    return loss / max(seen, 1)
 
 def shuffled(n_k, E, B, device):
     """The indices of each batch of E epochs."""
@@ -447,25 +448,27 @@ def receive(rank):
 #         Differential privacy              #
 #############################################
 
-def noised(updates, w, S, noise, weights, draw, first):
+def noised(updates, w, S, noise, weights, draw, first, index=slice(None)):
     """DP-FedAvg's average (McMahan et al. 2018, Algorithm 1): (w_k, n_k) in; out, each as far from w as S allows (None: it is
     already), noise of deviation `noise` on their sum, and w itself as often as makes all weights add up to `weights`, C K.
 
-    Of several processes each has its own clients, the first the rest. The noise is drawn whoever came, from draw, a NumPy generator.
+    Of several processes each has its own clients, the first the rest. The noise is drawn whoever came, from draw, a NumPy generator,
+    for the values at index, those that are not pruned.
     """
     v, m = flat(w), 0
     for w_k, n_k in updates:
         m += n_k
-        yield (w_k if S is None else unflat(v + clip(flat(w_k) - v, S), w)), n_k
-    if first: yield unflat(v + torch.from_numpy(draw.normal(0, noise, len(v))).float(), w), 1
+        yield (w_k if S is None else unflat(v + clip(flat(w_k) - v, S), w)), n_k        # v: not noised yet
+    v[index] += torch.from_numpy(draw.normal(0, noise, len(v[index]))).float()
+    if first: yield unflat(v, w), 1
     yield w, (weights - 1 if first else 0) - m
 
-def private(args, updates, w, n_k, S_t, t, first):
+def private(args, updates, w, n_k, S_t, t, first, index):
     """The terms of --dp user's average: noised, with what the flags say. Under --secagg the clients have clipped."""
     return noised(updates, w, None if args.secagg else args.clip, args.noise * args.clip, args.frac * len(n_k),
-                  rng(args.seed, 'noise', t), first)
+                  rng(args.seed, 'noise', t), first, index)
 
-def unasked(args, updates, w, n_k, S_t, t, first):
+def unasked(args, updates, w, n_k, S_t, t, first, index):
     """The terms of Algorithm 1's average: those that came, and under --all_clients w for every client that was not asked."""
     yield from updates
     yield w, int(n_k.sum() - n_k[S_t].sum()) if args.all_clients and first else 0
@@ -575,6 +578,7 @@ class Wire:
         if self.feedback and self.gathers and not self.args.silo: self.lend(dealt)
         for k, payload, n_k, loss, rest in self.gathered(self.packed(updates, base, t), dealt):
             tally['up_bytes'] += len(payload)
+            tally['senders'] += 1
             v = base.clone()
             try: v[self.index] += decode(payload, len(v[self.index]))
             except ValueError as e:
@@ -650,32 +654,34 @@ class SecureWire(Wire):
     whole numbers, is its term; its loss is one value more of it, in units of which 16 is the range's end. Simulated clients live in
     rank 0; silos answer it from their own processes.
     """
-    STEPS = 'advertise', 'share', 'mask', 'reveal'
     LOST_AT = STEPS[1:]         # by sampling.lose's stage, the first step that a client does not come to
 
     def __init__(self, args, w, n_k=(), rank=0, size=1):
         super().__init__(args, w, n_k, rank, size)
         self.weight = np.ones(len(n_k), int) if args.dp == 'user' else np.array(n_k)
-        bits, most = args.quantize or 16, int(self.weight.sum())
-        if (2**bits - 1) * most >= 2**32:
-            fail(f'--secagg 1: the sum of {bits} bits times {most} examples may exceed 32 bits; '
-                 f'--quantize {(2**32 // most).bit_length() - 1} fits')
-        self.levels, self.step = 2**bits - 1, 2 * args.range / (2**bits - 1)
+        fits = (2**32 // int(self.weight.sum())).bit_length() - 1       # bits with which the sum of all stays below 2^32
+        self.bits = args.quantize or min(16, fits)
+        if not 1 <= self.bits <= fits:
+            fail(f'--quantize {self.bits}: with --secagg the sum may exceed 32 bits; {fits} fit' if fits > 0 else
+                 '--secagg 1: the clients have too many examples for 32 bits; ask fewer')
+        self.step, self.least = 2 * args.range / (2**self.bits - 1), 3 if args.silo else 2       # rank 0 knows its own silo's term
+        if args.dp == 'user' and self.d ** 0.5 * self.step > args.clip / 2:
+            fail(f'--quantize {self.bits}: with --dp user and --secagg the rounding of {self.d} values would be longer than half of --clip; '
+                 f'take {math.ceil(math.log2(4 * self.d ** 0.5 + 1))} or more')
+        if args.silo and args.dp != 'user' and round(args.frac * size) < self.least:
+            fail(f'--secagg 1: a round must ask {self.least} silos, or rank 0 knows what the other has sent; --frac {args.frac} of {size} is fewer')
 
     def term(self, w_k, loss, base, k, t):
         """What client k adds to the sum, (d + 1,) uint32 (d without what is pruned). Raises ValueError for NaN and infinity."""
         v = (flat(w_k) - base)[self.index].double()
-        if not (torch.isfinite(v).all() and math.isfinite(loss)): raise ValueError('it holds NaN or infinity')
-        if self.args.dp == 'user': v = clip(v, max(self.args.clip - len(v) ** 0.5 * self.step, 0))       # rounding adds that much at most
-        v = np.append(v, (loss / 8 - 1) * self.args.range).clip(-self.args.range, self.args.range)
-        x = (v + self.args.range) / self.step
-        codes = np.minimum(np.floor(x + rng(self.args.seed, 'quantize', t, k).random(len(x))), self.levels).astype(np.uint32)
-        return codes * np.uint32(self.weight[k])
+        if self.args.dp == 'user': v = clip(v, self.args.clip - len(v) ** 0.5 * self.step)        # rounding adds that much at most
+        v = np.append(v, (loss / 8 - 1) * self.args.range)
+        return term(v, self.args.range, self.bits, self.weight[k], rng(self.args.seed, 'quantize', t, k))
 
     def uplink(self, updates, w, t, dealt, lost, tally):
         """(k, w_k, n_k, loss) in; out, at rank 0, one pair: the survivors' mean and its weight. None if they are too few."""
         asked = sorted({k for ks in dealt for k in ks} | set(lost))
-        base, clients, threshold = flat(w), {}, max(math.ceil(self.args.threshold * len(asked)), 2)
+        base, clients, threshold = flat(w), {}, max(math.ceil(round(self.args.threshold * len(asked), 9)), self.least)
         terms = self.terms(updates, base, t)
         for k, term, *_ in terms if self.args.silo else self.gathered(terms, dealt):
             if term: clients[k] = SecureClient(k, np.frombuffer(term, '<u4'), threshold)
@@ -687,6 +693,7 @@ class SecureWire(Wire):
         if self.remote: return self.serve(clients) if self.rank in asked else None
         if self.rank: return
         tally['lost'] += len(lost)
+        tally['senders'] += len(asked)
         ks = asked if self.args.silo else sorted(clients)
         try: total, who = secure_sum(self.asker(clients, lost, tally), ks, threshold, len(nothing))
         except ValueError as e: return print(f'round {t}: secure aggregation is given up: {e}')
@@ -711,7 +718,7 @@ class SecureWire(Wire):
     def asker(self, clients, lost, tally):
         """secure_sum's ask, which counts bytes both ways and has lost clients answer no more from the step on at which they go."""
         def ask(k, step, message):
-            if k in lost and step in self.STEPS[self.STEPS.index(self.LOST_AT[lost[k]]):]: return None
+            if k in lost and STEPS.index(step) >= STEPS.index(self.LOST_AT[lost[k]]): return None
             tally['down_bytes'] += len(message)
             if self.args.silo and k:
                 send(step.encode(), k), send(message, k)
@@ -727,7 +734,7 @@ class SecureWire(Wire):
 
 def answered(client, step, message):
     """A SecureClient's answer, or none, b'', from one that has left or finds its rules broken."""
-    try: return getattr(client, step)(message) if client else b''
+    try: return client.answer(step, message) if client else b''
     except ValueError: return b''
 
 #############################################
@@ -737,7 +744,7 @@ def answered(client, step, message):
 COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'lost', 'up_bytes', 'down_bytes', 'upload_seconds', 'epsilon',
            'seconds')
 # What may differ between a run and its resumption: nothing that the weights of a round depend on.
-FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose', 'bandwidth'}
+FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose'}
 
 def rounds_to(target, accuracies):
     """Rounds to the target accuracy by the paper's protocol, or None (Section 3): the curve made monotone (best so far),
@@ -810,10 +817,6 @@ def plot(path, history):
     right.legend()
     figure.savefig(path, dpi=150)
 
-def upload_seconds(row, bandwidth):
-    """How long a round's mean upload takes at `bandwidth` MB/s: its clients upload side by side."""
-    return row['up_bytes'] / max(row['clients'] + row['rejected'], 1) / 1e6 / bandwidth
-
 def progress(args, history):
     """The last round in a line."""
     row = history[-1]
@@ -839,7 +842,7 @@ def summary(args, history, fp32):
           f'last {100 * accuracies[-1]:.2f} %')
     sent = list(itertools.accumulate((row['up_bytes'] for row in history), initial=0))
     payloads = sum(row['clients'] + row['rejected'] for row in history)
-    seconds_up = sum(upload_seconds(row, args.bandwidth) for row in history)
+    seconds_up = sum(row['upload_seconds'] for row in history)
     print(f'uploaded {sent[-1] / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times smaller than fp32, {seconds_up:.3g} s for a '
           f'client of each round at {args.bandwidth:g} MB/s; downloaded '
           f'{sum(row["down_bytes"] for row in history) / 1e6:.2f} MB')
@@ -943,7 +946,7 @@ def main(argv=None):
                 print(f'--epsilon {args.epsilon} is spent after round {t - 1}')
                 break
             began = time.perf_counter()
-            tally = dict.fromkeys(('clients', 'rejected', 'lost', 'm_t', 'loss', 'up_bytes', 'down_bytes'), 0)
+            tally = dict.fromkeys(('clients', 'rejected', 'lost', 'm_t', 'loss', 'senders', 'up_bytes', 'down_bytes'), 0)
 
             S_t = asked(t)
             lost = lose(S_t, args.drop, rng(args.seed, 'drop', t))                  # {k: stage}
@@ -954,21 +957,21 @@ def main(argv=None):
             net.load_state_dict(w_t)
             updates = clients(args, net, train, parts, dealt[rank], t, mask)        # (k, w_k, n_k, loss), one at a time
             updates = wire.uplink(updates, w_t, t, dealt, lost, tally)              # (w_k, n_k) of those that are accepted
-            updates = complete(args, updates, w_t, n_k, S_t, t, rank == 0)          # and what else the average counts
+            updates = complete(args, updates, w_t, n_k, S_t, t, rank == 0, wire.index)      # and what else the average counts
             w_next = average(updates) or w_t
 
             tally = dict(zip(tally, all_summed(tally.values(), args.device)))
-            if not tally['clients'] and tally['rejected']:
+            if tally['rejected'] == len(there) > 0 and args.dp != 'user':
                 print(f'round {t}: no update is finite; the weights stay those of round {t - 1}. Start again with a lower --lr '
                       f'than {args.lr}', file=sys.stderr if rank == 0 else sys.stdout)
                 code = 1
                 break
-            if not tally['clients']: print(f'round {t}: no client is left')
+            if not tally['clients']: print(f'round {t}: ' + ('no update has come through' if S_t else 'nobody was drawn'))
             net.load_state_dict(w_next)
             test_loss, test_acc = evaluate(net, *test.tensors, args.bs, all_sum)
             row = {'round': t, 'test_loss': test_loss, 'test_acc': test_acc, 'epsilon': cost} | {name: int(v) for name, v in tally.items()}
             row['train_loss'] = tally['loss'] / tally['m_t'] if tally['m_t'] else ''
-            row['upload_seconds'] = upload_seconds(row, args.bandwidth)
+            row['upload_seconds'] = tally['up_bytes'] / max(tally['senders'], 1) / 1e6 / args.bandwidth      # side by side
             row['seconds'] = time.perf_counter() - began
             row = {name: row[name] for name in COLUMNS}
             w, history = w_next, history + [row]

@@ -101,7 +101,8 @@ def args_parser(argv=None):
     add('prune_end', None, number(int, 1), 'with --prune: the round from which on all of it is pruned, a cubic between; 30, or the last, if not given')
     switch('separable', 0, '1: the second convolution of --model cnn is depthwise, then pointwise')
     add('bandwidth', 1.0, number(float, 0, above=True), "a client's upload in MB/s, for the time that its uploads would take; the paper has 1")
-    add('drop', 0.0, number(float, 0, 1), 'probability with which a client that was asked is lost in a round, at a random stage')
+    add('drop', 0.0, number(float, 0, 1), 'probability with which a client that was asked is lost in a round, at a random stage; with --secagg one lost '
+        'after it has sent its update still counts')
     add('dp', None, str, "differential privacy: user, DP-FedAvg of clients; example, DP-SGD within each", choices=('user', 'example'))
     add('clip', None, number(float, 0, above=True), 'S, with --dp: the L2 norm that an update, or an example\'s gradient, is clipped to')
     add('noise', None, number(float, 0), 'z, with --dp: the deviation of the noise on a sum, in units of S')
@@ -181,7 +182,7 @@ def private(args):
     if args.dp == 'example' and (args.engine == 'stacked' or args.compile):
         fail('--dp example: each example has its own gradient, which the stacked engine does not know; leave out --engine and --compile')
     if args.secagg and args.topk: fail(f'--topk {args.topk}: the clients keep different values, which masked do not add up; leave out --secagg or --topk')
-    if args.secagg and not args.silo and not args.dp and round(args.frac * args.num_users) < 2:
+    if args.secagg and not args.silo and args.dp != 'user' and round(args.frac * args.num_users) < 2:
         fail(f'--secagg 1: a round asks one client (--frac {args.frac}), and the sum of one is its update; ask more')
     if args.secagg:
         args.threshold = args.threshold or 2 / 3
