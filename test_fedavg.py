@@ -810,6 +810,14 @@ def test_dp_sgds_batches_are_poisson_samples():
     fedavg.private_gradients(net, *dataset.tensors, 1.0, 1.0, 8)
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
+def test_a_clients_training_is_dp_sgd():
+    dataset, net = toy()[0], nn.Linear(5, 3000)
+    train = lambda **more: fedavg.LocalUpdate(client_args(local_bs=4, local_ep=3, dp='example', **more), dataset, range(12)).train(net)[0]
+    moved = train(clip=0.01, noise=40.0)['weight'] - net.weight
+    assert moved.std().item() == pytest.approx(0.1 * 40 * 0.01 / 4 * 9 ** 0.5, rel=0.05)      # lr z S / B, in nine steps
+    clipped = train(clip=0.01, noise=0.0)
+    assert 0 < sum((clipped[name] - v).square().sum() for name, v in net.state_dict().items()).sqrt() < 0.1 * 0.01 / 4 * 60      # 60 examples at most
+
 #############################################
 #            Secure aggregation             #
 #############################################
