@@ -342,14 +342,15 @@ class SecureClient:
 def secure_sum(ask, ks, threshold, d):
     """(sum, who): the sum modulo 2^32, (d,) uint32, of what the clients add that have sent it, a list, from masked vectors alone.
 
-    ask(k, step, message): client k's answer, bytes, in a step of STEPS; None once it is lost. A client whose answer makes no sense
-    is lost too. Raises ValueError if fewer than threshold answer. The server's side of Bonawitz et al. 2017, Figure 4.
+    ask(k, step, message): client k's answer, bytes, in a step of STEPS; None or ValueError once it is lost. A client whose answer
+    makes no sense is lost too. Raises ValueError if fewer than threshold answer. The server's side of Bonawitz et al. 2017, Figure 4.
     """
     def everyone(step, messages, read):
         answers = {}
         for k, message in messages.items():
-            answer = ask(k, step, message)
-            with contextlib.suppress(ValueError, TypeError, AttributeError): answers |= {k: read(k, answer)} if answer is not None else {}
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                answer = ask(k, step, message)
+                if answer is not None: answers[k] = read(k, answer)
         if len(answers) < threshold: raise ValueError(f'{len(answers)} of {len(ks)} clients have come to "{step}", {threshold} are needed')
         return answers
     def numbers(answer, keys):
@@ -357,17 +358,25 @@ def secure_sum(ask, ks, threshold, d):
         found = {int(v): y for v, y in json.loads(answer).items()}
         if set(found) != set(keys): raise ValueError
         return found
+    def keys_of(_, answer):
+        found = json.loads(answer)
+        if len(found) != 2 or not all(type(key) is int and 1 < key < PRIME - 1 for key in found): raise ValueError
+        return found
+    def shares_of(_, answer):
+        found = numbers(answer, sealed)
+        if not all(type(y) is int and 0 <= y < FIELD for y in found.values()): raise ValueError
+        return found
     def vector(_, answer):
         if len(answer) != 4 * d: raise ValueError
         return np.frombuffer(answer, '<u4')
 
-    public = everyone('advertise', dict.fromkeys(ks, b''), lambda _, answer: [int(key) for key in json.loads(answer)])
+    public = everyone('advertise', dict.fromkeys(ks, b''), keys_of)
     everybody = dict.fromkeys(public, json.dumps(public).encode())
     sealed = everyone('share', everybody, lambda k, answer: numbers(answer, set(public) - {k}))
     messages = {k: {v: sealed[v][k] for v in sealed if v != k} for k in sealed}
     masked = everyone('mask', {k: json.dumps(message).encode() for k, message in messages.items()}, vector)
     survivors = dict.fromkeys(masked, json.dumps(list(masked)).encode())
-    shares = everyone('reveal', survivors, lambda _, answer: numbers(answer, sealed))
+    shares = everyone('reveal', survivors, shares_of)
     total = np.zeros(d, np.uint32)
     for y in masked.values(): total += y
     for v in sealed:

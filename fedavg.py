@@ -846,7 +846,9 @@ def summary(args, history, fp32):
     print(f'uploaded {sent[-1] / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times smaller than fp32, {seconds_up:.3g} s for a '
           f'client of each round at {args.bandwidth:g} MB/s; downloaded '
           f'{sum(row["down_bytes"] for row in history) / 1e6:.2f} MB')
-    if args.dp: print(f'epsilon {history[-1]["epsilon"]:.3g} ({args.dp}, noise {args.noise:.4g}, clip {args.clip:g})')
+    if args.dp:
+        delta = args.delta or (f'1/{args.num_users}' if args.dp == 'user' else '1/n_k')
+        print(f'epsilon {history[-1]["epsilon"]:.3g} at delta {delta} ({args.dp}, noise {args.noise:.4g}, clip {args.clip:g})')
     if args.target:
         rounds = reached(args, history)
         print(f'rounds to {100 * args.target:.2f} %: ' + (f'{rounds:.1f}, with {np.interp(rounds, range(len(sent)), sent) / 1e6:.2f} MB '

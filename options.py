@@ -104,13 +104,14 @@ def args_parser(argv=None):
     add('drop', 0.0, number(float, 0, 1), 'probability with which a client that was asked is lost in a round, at a random stage; with --secagg one lost '
         'after it has sent its update still counts')
     add('dp', None, str, "differential privacy: user, DP-FedAvg of clients; example, DP-SGD within each", choices=('user', 'example'))
-    add('clip', None, number(float, 0, above=True), 'S, with --dp: the L2 norm that an update, or an example\'s gradient, is clipped to')
-    add('noise', None, number(float, 0), 'z, with --dp: the deviation of the noise on a sum, in units of S')
+    add('clip', None, number(float, 1e-9, 1e9), 'S, with --dp: the L2 norm that an update, or an example\'s gradient, is clipped to')
+    add('noise', None, number(float, 0, 1e6), 'z, with --dp: the deviation of the noise on a sum, in units of S')
     add('epsilon', None, number(float, 0, above=True), 'with --dp, for --noise: what may be spent in --epochs rounds; finds z, stops when spent')
     add('delta', None, number(float, 0, 0.9999, above=True), 'with --dp: 1/K for user, 1/n_k for example if not given')
     switch('secagg', 0, '1: secure aggregation; the server sees masked integers and their sum')
-    add('threshold', None, number(float, 0, 1, above=True), 'with --secagg: fraction of S_t that must stay for the sum to be had; 2/3 if not given')
-    add('range', None, number(float, 0, above=True), 'with --secagg: values of w_k - w_t are clamped to plus or minus this; 1, or --clip')
+    add('threshold', None, number(float, 0, 1, above=True), 'with --secagg: fraction of S_t that must stay for the sum to be had; 2/3 if not given; '
+        'half or less is not safe')
+    add('range', None, number(float, 1e-9, 1e9), 'with --secagg: values of w_k - w_t are clamped to plus or minus this; 1, or --clip')
     switch('silo', 0, '1: every process that torchrun starts is one client with its own --data_dir; K is their number')
     add('gpu', 0, number(int, -1), 'CUDA device, used when CUDA is present; -1 is the CPU')
     add('seed', 1, number(int, 0), 'the one seed of partition, selection, initialisation and shuffling')

@@ -886,9 +886,10 @@ def test_a_client_reveals_nothing_to_a_server_that_asks_wrongly(message):
 
 def test_answers_that_make_no_sense_are_those_of_lost_clients():
     draw = np.random.default_rng(0)
-    for step, junk in itertools.product(STEPS[1:], (b'junk', b'{}', b'[1]', b'')):
+    junks = b'junk', b'{}', b'[1]', b'', b'[1, 2]', b'["x", 7]', json.dumps({k: 'x' for k in range(5)}).encode()
+    for step, junk in itertools.product(STEPS, junks):
         clients = {k: compress.SecureClient(k, draw.integers(2**32, size=5, dtype=np.uint32), 3) for k in range(5)}
-        ask = lambda k, at, message: junk if (k, at) == (2, step) else fedavg.answered(clients[k], at, message) or None
+        ask = lambda k, at, message: junk if (k, at) == (2, step) else clients[k].answer(at, message)
         total, who = compress.secure_sum(ask, range(5), 3, 5)
         assert np.array_equal(total, sum(clients[k].x.astype(np.uint64) for k in who).astype(np.uint32)) and len(who) >= 4
 
@@ -1336,7 +1337,7 @@ def test_plot_is_drawn(run, tmp_path):
     ('--dp user --clip 1 --noise 1 --frac 0', '--frac'), ('--dp user --clip 1 --noise 1 --all_clients 1', '--all_clients'),
     ('--dp example --clip 1 --noise 1 --engine stacked', 'stacked'), ('--delta 1 --dp user --clip 1 --noise 1', '--delta'),
     ('--secagg 1 --topk 0.1', '--topk'), ('--secagg 1 --frac 0.01', 'one client'), ('--threshold 0.5', '--secagg'), ('--range 2', '--secagg'),
-    ('--secagg 1 --threshold 0', '--threshold'), ('--drop 1.1', '--drop'), ('--secagg 1 --dp user --clip 1 --noise 1 --range 2', '--clip'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])
+    ('--secagg 1 --threshold 0', '--threshold'), ('--secagg 1 --range 1e308', '--range'), ('--dp user --noise 1 --clip 1e300', '--clip'), ('--drop 1.1', '--drop'), ('--secagg 1 --dp user --clip 1 --noise 1 --range 2', '--clip'), ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'), ('--fraction 1', '--fraction')])
 def test_senseless_values_end_in_one_line_before_any_data_are_read(refused, monkeypatch, words, said):
     monkeypatch.setattr(fedavg, 'load', lambda *_: pytest.fail('data were read'))
     assert said in refused(words.split())
