@@ -170,7 +170,7 @@ class Stacked:
 
     def __call__(self, args, net, dataset, parts, S_t, t, mask=None):
         """Yields (k, w_k, n_k, mean loss) for each k in S_t, those with the most examples first."""
-        self.left = mask and [mask[name] for name in self.names]
+        self.left = mask and [mask[name].float() for name in self.names]
         order = sorted(S_t, key=lambda k: -len(parts[k]))
         for i in range(0, len(order), self.size): yield from self.train(net, dataset, parts, order[i:i + self.size], t)
 
@@ -223,10 +223,10 @@ class Stacked:
     def step(self, x, y, index, weight):
         """One optimizer step of every client on the examples at index, (m, B); the sum of each client's losses before it, (m,)."""
         grads, losses = self.gradients(x[index], y[index], weight)                              # (m, B, 1, 28, 28), (m, B)
-        if self.left: grads = [g * left for g, left in zip(grads, self.left)]
         for v, g in zip(self.w, grads): v.grad = g
         # Without the wrappers around it (hooks, profiling), which would cut the compiled step in pieces.
         inspect.unwrap(type(self.optimizer).step)(self.optimizer)
+        for v, left in zip(self.w, self.left or ()): v.mul_(left)      # not the gradients, whose strides are others': slow
         for v in self.w: v.grad = None
         return losses.detach() * (weight > 0).sum(1)
 
@@ -259,7 +259,7 @@ class Compiled(Stacked):
     def compile(self, dataset, masked):
         """Compiles the step, with a mask or without, and says how long that took; exits with one line if it cannot be."""
         began = time.perf_counter()
-        if masked: self.left = [torch.ones_like(v[0], dtype=torch.bool) for v in self.w]
+        if masked: self.left = [torch.ones_like(v[0]) for v in self.w]
         index = torch.zeros(self.size, self.B, dtype=torch.int64, device=self.args.device)
         torch._logging.set_logs(dynamo=logging.ERROR)
         try:
@@ -519,6 +519,10 @@ def unpruned(w, s):
 
 MESSAGE = struct.Struct('<qd')      # k and loss, which go before the payload
 
+def feedback(args):
+    """Whether clients keep what they did not send."""
+    return bool(args.topk and args.error_feedback)
+
 class Wire:
     """What crosses between the server and its clients in a round, as bytes, counted: w down, w_k up, or, if --quantize or --topk
     makes it smaller, w_k - w; of weights that are pruned, nothing. Float buffers count as weights.
@@ -530,7 +534,7 @@ class Wire:
     def __init__(self, args, w, n_k=(), rank=0, size=1):
         self.args, self.n_k, self.rank, self.d, self.fp32 = args, n_k, rank, len(flat(w)), len(encode(flat(w)))
         self.kept, self.left, self.holders = {}, torch.ones(self.d, dtype=torch.bool), set()
-        self.feedback = bool(args.topk and args.error_feedback)
+        self.feedback = feedback(args)
         self.remote = bool(args.silo and rank)
         # Silos' payloads, and smaller ones, go to rank 0; simulated fp32 is summed up where it is trained.
         self.gathers = size > 1 and bool(args.silo or args.quantize or args.topk or args.prune or args.secagg)
@@ -908,7 +912,7 @@ def main(argv=None):
     if args.silo: args.num_users = options['num_users'] = size
     if args.silo: agree(options, from_rank_0(options))
     if rank: sys.stdout, args.log, args.plot = open(os.devnull, 'w'), None, None        # rank 0's alone
-    if rank: args.checkpoint = args.checkpoint and args.silo and args.topk and f'{args.checkpoint}.{rank}'      # what a silo keeps
+    if rank: args.checkpoint = f'{args.checkpoint}.{rank}' if args.checkpoint and args.silo and feedback(args) else None
     saved = args.checkpoint and args.resume and os.path.exists(args.checkpoint)
     was, w, history, state = restore(args.checkpoint, options) if saved else ({}, None, [], None)
     was, w, history = from_rank_0((was, w, history))
@@ -982,7 +986,7 @@ def main(argv=None):
             rows(log).writerow(row)
             log.flush()
             if args.checkpoint and t % args.save_every == 0:
-                save(args.checkpoint, options, w, history, wire, wait=args.silo and args.topk)
+                save(args.checkpoint, options, w, history, wire, wait=args.silo and wire.feedback)
             progress(args, history)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)        # torchrun sends a second one, which would cut the saving short
