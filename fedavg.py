@@ -18,6 +18,7 @@ The paper's symbols, here and in the code:
                             w = sum over S_t of (n_k / m_t) w_k
     ClientUpdate(k, w): for E epochs, for each batch b of B of the client's shuffled examples: w = w - lr grad loss(w; b)
 """
+import argparse
 import contextlib
 import copy
 import csv
@@ -44,9 +45,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset
 
 from compress import STEPS, SecureClient, clip, decode, encode, epsilon, least_noise, prune, secure_sum, sparsity, term
-from models import build
-from options import args_parser, fail
-from sampling import load, lose, partition, poisson, rng, select
+from models import build, narrowed, split
+from options import args_parser, fail, shown
+from sampling import augmented, corrupted, durations, in_time, lacking, load, lose, partition, poisson, rng, select, tutorial
 
 #############################################
 #               ClientUpdate                #
@@ -55,8 +56,9 @@ from sampling import load, lose, partition, poisson, rng, select
 class LocalUpdate:
     """ClientUpdate(k, w) of Algorithm 1: E epochs of SGD in batches of B over the examples that one client holds.
 
-    args: needs local_ep (E), local_bs (B, math.inf for all at once), lr, momentum, device; optimizer is 'sgd' or 'adamw'; with dp
-    'example', clip and noise it is DP-SGD (Abadi et al. 2016, Algorithm 1), whose batches are Poisson samples of rate B / n_k.
+    args: needs local_ep (E), local_bs (B, math.inf for all at once), lr, momentum, device. It may have optimizer, 'sgd' or 'adamw'; mu
+    (FedProx); augment, with dataset and model; teacher, distill and temperature (labels are then those of `taught`); cut and server (SplitFed, the device of
+    the back half); dp 'example', clip and noise: DP-SGD (Abadi et al. 2016, Algorithm 1), whose batches are Poisson samples of rate B / n_k.
     dataset: any map-style (float32 image tensor, label) data set. A client's tensors are made once, for all LocalUpdates of
     this data set and idxs: a random transform is drawn once, and a later change of the data set is not seen.
     idxs: the client's indices into it. Raises ValueError if there are none.
@@ -65,39 +67,95 @@ class LocalUpdate:
         self.args = args
         self.x, self.y = examples(dataset, idxs, args.device)      # (n_k, ...), (n_k,)
 
-    def train(self, net, lr=None, mask=None):
+    def train(self, net, lr=None, mask=None, epochs=None, cross=None):
         """(state_dict, mean loss per example) after training from net's weights; net is left as it was. lr: default args.lr.
 
         The optimizer is a new one each time. Shuffles and dropout are drawn from torch's own generators. mask: {name: bool
-        tensor}; where it is False there is no gradient, so that a weight pruned to zero stays zero.
+        tensor}; where it is False there is no gradient, so that a weight pruned to zero stays zero. epochs: default args.local_ep;
+        of a fraction of one the steps that fit in. cross: with args.cut, what happens to a tensor between client and server.
         """
-        net = copy.deepcopy(net).to(self.args.device).train()
-        step = optimizer(self.args, net.parameters(), self.args.lr if lr is None else lr)
-        B, seen, total = min(self.args.local_bs, len(self.y)), 0, torch.zeros((), device=self.x.device)
-        private = getattr(self.args, 'dp', None) == 'example'
-        for batch in (samples if private else shuffled)(len(self.y), self.args.local_ep, B, self.x.device):
-            x, y = self.x[batch], self.y[batch]
+        args, start = self.args, [p.detach() for p in net.parameters()]
+        net = copy.deepcopy(net).to(args.device).train()
+        gradients, change, mu = gradients_of(args, net, len(self.y), cross), augmentation(args)[0], getattr(args, 'mu', 0)
+        step = optimizer(args, net.parameters(), args.lr if lr is None else lr)
+        n_k, epochs, seen, total = len(self.y), epochs or args.local_ep, 0, torch.zeros((), device=self.x.device)
+        order = (samples if getattr(args, 'dp', None) == 'example' else shuffled)(n_k, math.ceil(epochs), min(args.local_bs, n_k), self.x.device)
+        for batch in itertools.islice(order, steps(n_k, epochs, args.local_bs)):
+            x, y = change(self.x[batch]), self.y[batch]
             step.zero_grad()
-            loss = private_gradients(net, x, y, self.args.clip, self.args.noise, B) if private else gradients(net, x, y)
-            for name, p in net.named_parameters() if mask else (): p.grad *= mask[name]
+            loss = gradients(net, x, y)
+            for p, p_0 in zip(net.parameters(), start) if mu else (): p.grad.add_(p.detach() - p_0.to(p.device), alpha=mu)      # Li et al. 2020
+            for name, p in net.named_parameters() if mask else (): p.grad *= mask[name].to(p.device)
             step.step()
             total.add_(loss, alpha=len(y))      # stays on the device: no waiting for it
             seen += len(y)
-        return net.state_dict(), float(total) / max(seen, 1)
+        return net.to(args.device).state_dict(), float(total) / max(seen, 1)
 
-def gradients(net, x, y):
+def steps(n_k, epochs, B):
+    """The whole steps in so many epochs, a fraction maybe, of batches of B."""
+    return int(epochs * math.ceil(n_k / min(B, n_k)) + 1e-9)
+
+def gradients_of(args, net, n_k, cross=None):
+    """The function of (net, x, y) that leaves in net the gradient of args' loss and gives the loss."""
+    criterion = criterion_of(args)
+    if getattr(args, 'dp', None) == 'example':
+        return lambda net, x, y: private_gradients(net, x, y, args.clip, args.noise, min(args.local_bs, n_k), criterion)
+    if getattr(args, 'cut', None):
+        front, back = split(net, args.cut)
+        back.to(getattr(args, 'server', args.device))
+        return lambda net, x, y: split_gradients(front, back, x, y, criterion, cross)
+    return functools.partial(gradients, criterion=criterion)
+
+def gradients(net, x, y, criterion=F.cross_entropy):
     """Leaves in net the gradient of its mean loss on x, y; the loss."""
-    loss = F.cross_entropy(net(x), y)
+    loss = criterion(net(x), y)
     loss.backward()
     return loss.detach()
 
-def private_gradients(net, x, y, S, noise, B):
+def split_gradients(front, back, x, y, criterion=F.cross_entropy, cross=None):
+    """As gradients, for a net that is cut: the client sends the front's activations and the labels up, and the back's gradient with
+    respect to them comes down (SplitFed: Thapa et al. 2022, Algorithm 1). cross(tensor, up): what the other side receives."""
+    cross, there = cross or (lambda v, up: v), next(back.parameters()).device
+    a = front(x)
+    sent = cross(torch.cat([a.detach().flatten(1), y.view(len(y), -1).to(a.dtype)], 1), True).to(there)        # (B, activations + labels)
+    received, labels = sent[:, :a[0].numel()].view(a.shape).requires_grad_(), sent[:, a[0].numel():].view(y.shape).to(y.dtype)
+    loss = criterion(back(received), labels)
+    loss.backward()
+    a.backward(cross(received.grad, False).to(a.device))
+    return loss.detach().to(a.device)
+
+def criterion_of(args):
+    """The loss as a function of (logits, labels, reduction): cross-entropy, or with args.teacher its mixture with distillation."""
+    if not getattr(args, 'teacher', None): return F.cross_entropy
+    return functools.partial(distillation, a=args.distill, T=args.temperature)
+
+def distillation(logits, y, a, T, reduction='mean'):
+    """(1 - a) cross-entropy + a T^2 KL(teacher || student), both softened by T (Hinton et al. 2015); y as `taught` makes it."""
+    label, teacher = y[:, 0].long(), y[:, 1:]                                                       # (B,), (B, classes)
+    kl = F.kl_div(F.log_softmax(logits / T, 1), F.log_softmax(teacher / T, 1), reduction='none', log_target=True).sum(1)
+    losses = (1 - a) * F.cross_entropy(logits, label, reduction='none') + a * T**2 * kl             # (B,)
+    return losses.mean() if reduction == 'mean' else losses
+
+@torch.no_grad()
+def taught(net, x, y, bs):
+    """Labels (n, 1 + classes): y (n,), and the logits of net, the teacher, for x."""
+    net.eval()
+    return torch.cat([y[:, None].float(), torch.cat([net(xb) for xb in x.split(bs)])], 1)
+
+def augmentation(args):
+    """(what happens to a batch of images in training, what to those that are evaluated), as args.augment says."""
+    same = lambda x: x
+    if not getattr(args, 'augment', 0): return same, same
+    if args.dataset == 'cifar' and args.model == 'paper_cnn': return tutorial, functools.partial(tutorial, train=False)
+    return functools.partial(augmented, flip=args.dataset == 'cifar'), same
+
+def private_gradients(net, x, y, S, noise, B, criterion=F.cross_entropy):
     """Leaves in net (the sum of each example's gradient clipped to S, plus noise of deviation noise S) / B; the mean loss.
 
     Abadi et al. 2016, Algorithm 1; B is the expected size of a batch, which may be of any size, 0 too.
     """
     w = dict(net.named_parameters())
-    one = lambda w, x, y: F.cross_entropy(functional_call(net, w, (x[None],)), y[None])
+    one = lambda w, x, y: criterion(functional_call(net, w, (x[None],)), y[None])
     loss, seen, total = torch.zeros((), device=x.device), len(y), {name: torch.zeros_like(p) for name, p in w.items()}
     at = {name: p.detach() for name, p in w.items()}
     for x, y in zip(x.split(64), y.split(64)) if len(y) else ():       # as many gradients at a time
@@ -134,7 +192,7 @@ def examples(dataset, idxs, device):
     if not len(idxs): raise ValueError('a client without examples cannot train; leave it out of S_t')
     if isinstance(dataset, TensorDataset):
         x, y = (v[torch.from_numpy(idxs).to(v.device)].to(device) for v in dataset.tensors)
-        return x, y.long()
+        return x, y if y.is_floating_point() else y.long()
     try: made = MADE.setdefault(dataset, {})
     except TypeError: made = {}             # a list, say: nothing to remember it by
     key = idxs.tobytes(), str(device)
@@ -147,12 +205,17 @@ def seed_torch(*keys):
     """Seeds torch's own generators (initialisation, shuffles, dropout) from rng's keys."""
     torch.manual_seed(int(rng(*keys).integers(2**63)))
 
-def local_updates(args, net, dataset, parts, S_t, t, mask=None):
-    """Yields (k, w_k, n_k, mean loss) for each k in S_t, one client after the other, each from net's weights."""
-    for k in S_t:
+def local_updates(args, net, dataset, parts, S_t, t, mask=None, own=None, cross=None):
+    """Yields (k, w_k, mean loss) for each k in S_t, {k: local epochs}, one client after the other, each from net's weights.
+
+    own: {k: {name: tensor}}, weights that client k starts from instead. cross: as LocalUpdate.train's.
+    """
+    for k, epochs in S_t.items():
+        start = net
+        if own and k in own: (start := copy.deepcopy(net)).load_state_dict(own[k], strict=False)
         seed_torch(args.seed, 'train', t, k)
-        w_k, loss = LocalUpdate(args, dataset, parts[k]).train(net, args.lr * args.lr_decay ** (t - 1), mask)
-        yield k, w_k, len(parts[k]), loss
+        w_k, loss = LocalUpdate(args, dataset, parts[k]).train(start, args.lr * args.lr_decay ** (t - 1), mask, epochs, cross)
+        yield k, w_k, loss
 
 #############################################
 #       ClientUpdate, many at a time        #
@@ -167,34 +230,42 @@ class Stacked:
     def __init__(self, args, net, size):
         self.args, self.net, self.size = args, copy.deepcopy(net).train(), size
         self.names, self.left = [name for name, _ in net.named_parameters()], None
+        self.criterion, self.change = criterion_of(args), augmentation(args)[0]
 
-    def __call__(self, args, net, dataset, parts, S_t, t, mask=None):
-        """Yields (k, w_k, n_k, mean loss) for each k in S_t, those with the most examples first."""
+    def __call__(self, args, net, dataset, parts, S_t, t, mask=None, own=None):
+        """Yields (k, w_k, mean loss) for each k in S_t, {k: local epochs}, those with the most steps first."""
         self.left = mask and [mask[name].float() for name in self.names]
-        order = sorted(S_t, key=lambda k: -len(parts[k]))
-        for i in range(0, len(order), self.size): yield from self.train(net, dataset, parts, order[i:i + self.size], t)
+        order = sorted(S_t, key=lambda k: -steps(len(parts[k]), S_t[k], self.args.local_bs))
+        for i in range(0, len(order), self.size): yield from self.train(net, dataset, parts, {k: S_t[k] for k in order[i:i + self.size]}, t, own or {})
 
-    def train(self, net, dataset, parts, ks, t):
-        """Yields (k, w_k, n_k, mean loss) for each k in ks, in descending order of their n_k."""
-        E, B = self.args.local_ep, self.batch(len(parts[ks[0]]))
+    def train(self, net, dataset, parts, S_t, t, own):
+        """Yields (k, w_k, mean loss) for each k in S_t, in descending order of their steps."""
+        B = self.batch(max(len(parts[k]) for k in S_t))
         plans = []
-        for k in ks:
+        for k, epochs in S_t.items():
             seed_torch(self.args.seed, 'train', t, k)
-            plans.append(batches(parts[k], shuffles(len(parts[k]), E), B))
+            index, weight = batches(parts[k], shuffles(len(parts[k]), math.ceil(epochs)), B)
+            n = steps(len(parts[k]), epochs, self.args.local_bs)
+            plans.append((index[:n], weight[:n]))
         index, weight = (self.pad(pad_sequence(v)).to(self.args.device) for v in zip(*plans))   # (steps, m, B) each
-        total = torch.zeros(index.shape[1], device=self.args.device)                            # (m,)
+        total, seen = torch.zeros(index.shape[1], device=self.args.device), (weight > 0).sum((0, 2)).tolist()      # (m,)
         self.stack(net, index.shape[1], self.args.lr * self.args.lr_decay ** (t - 1))
-        seed_torch(self.args.seed, 'dropout', t, ks[0])
+        for i, k in enumerate(S_t):
+            for name, v in zip(self.names, self.w):
+                if name in own.get(k, ()): v.data[i] = own[k][name]
+        if self.args.mu:
+            for v_0, v in zip(self.start, self.w): v_0.copy_(v.detach())
+        seed_torch(self.args.seed, 'dropout', t, next(iter(S_t)))
         x, y = dataset.tensors
-        done, w = [len(plan[0]) for plan in plans], [None] * len(ks)                            # steps, descending
+        done, w = [len(plan[0]) for plan in plans], [None] * len(plans)                         # steps, descending
         for s in range(done[0]):
             self.narrow(sum(d > s for d in done))
             m = len(self.w[0])
             total[:m] += self.step(x, y, index[s, :m], weight[s, :m])
-            for i in range(len(ks)):
+            for i in range(len(done)):
                 if done[i] == s + 1: w[i] = {name: v[i].detach().clone() for name, v in zip(self.names, self.w)}
-        for k, w_k, loss in zip(ks, w, total.tolist()):         # only here does the program wait for the device
-            yield k, w_k, len(parts[k]), loss / (len(parts[k]) * E)
+        for k, w_k, loss, n in zip(S_t, w, total.tolist(), seen):           # only here does the program wait for the device
+            yield k, w_k, loss / n
 
     def batch(self, n):
         """The batch size of a stack whose largest client has n examples."""
@@ -208,12 +279,14 @@ class Stacked:
         """m copies of net's weights and a fresh optimizer for them."""
         copies = (p.detach().expand(m, *p.shape).clone(memory_format=torch.contiguous_format) for p in net.parameters())
         self.w = [v.requires_grad_() for v in copies]
+        self.start = [torch.empty_like(v) for v in self.w] if self.args.mu else []
         self.optimizer = optimizer(self.args, self.w, lr)
 
     def narrow(self, m):
         """Keeps the first m of the stack, and their optimizer state."""
         if m == len(self.w[0]): return
         state, group = self.optimizer.state, self.optimizer.param_groups[0]
+        self.start = [v[:m] for v in self.start]
         for i, v in enumerate(self.w):
             self.w[i] = v.detach()[:m].requires_grad_()
             if v in state: state[self.w[i]] = {name: u[:m] if u.shape == v.shape else u for name, u in state.pop(v).items()}
@@ -222,8 +295,11 @@ class Stacked:
     @torch.no_grad()
     def step(self, x, y, index, weight):
         """One optimizer step of every client on the examples at index, (m, B); the sum of each client's losses before it, (m,)."""
-        grads, losses = self.gradients(x[index], y[index], weight)                              # (m, B, 1, 28, 28), (m, B)
+        images = x[index]                                                                       # (m, B, 1, 28, 28)
+        images = self.change(images.flatten(0, 1)).unflatten(0, index.shape)
+        grads, losses = self.gradients(images, y[index], weight)
         for v, g in zip(self.w, grads): v.grad = g
+        for v, v_0 in zip(self.w, self.start): v.grad = v.grad + self.args.mu * (v - v_0)       # FedProx (Li et al. 2020)
         # Without the wrappers around it (hooks, profiling), which would cut the compiled step in pieces.
         inspect.unwrap(type(self.optimizer).step)(self.optimizer)
         for v, left in zip(self.w, self.left or ()): v.mul_(left)      # not the gradients, whose strides are others': slow
@@ -239,7 +315,7 @@ class Stacked:
         """The sum over clients of their losses, whose gradient is each client's own, and the losses, (m,)."""
         forward = lambda w_k, x_k: functional_call(self.net, dict(zip(self.names, w_k)), (x_k,))
         logits = vmap(forward, randomness='different')(list(w), x)                              # (m, B, classes)
-        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction='none').view(y.shape) * weight
+        losses = self.criterion(logits.flatten(0, 1), y.flatten(0, 1), reduction='none').view(weight.shape) * weight
         return losses.sum(), losses.sum(1)
 
 class Compiled(Stacked):
@@ -252,7 +328,7 @@ class Compiled(Stacked):
         for v in self.w: v.requires_grad_(False).grad = torch.zeros_like(v)
         self.optimizer.step()       # makes the optimizer's state
         state = [u for kept in self.optimizer.state.values() for u in kept.values() if isinstance(u, torch.Tensor)]
-        for v in self.w + state: torch._dynamo.mark_static_address(v)       # or no CUDA graph is made of a step that changes them
+        for v in self.w + self.start + state: torch._dynamo.mark_static_address(v)       # or no CUDA graph is made of a step that changes them
         mode = 'reduce-overhead' if args.device.type == 'cuda' else 'max-autotune-no-cudagraphs'
         self.step = torch.compile(self.step, mode=mode)
 
@@ -298,18 +374,59 @@ def unstackable(net):
         if isinstance(module, torch.nn.modules.batchnorm._NormBase) or list(module.buffers(recurse=False)):
             return f'{name or type(net).__name__} keeps running statistics or other buffers'
 
-def engine(args, net, m, B):
+def engine(args, net, m, B, cross=None):
     """local_updates or a Stacked for m clients of batches of B, as --engine says; auto takes what was measured to be faster
     (README, "Speed")."""
     why, cpu = unstackable(net) or args.dp == 'example' and 'DP-SGD clips examples', args.device.type == 'cpu'
     if why and (args.engine == 'stacked' or args.compile):
         fail(f'--engine {args.engine}, --compile {args.compile}: the net cannot train stacked, {why}; take --engine loop and no --compile')
     slower = args.model == 'paper_cnn' or (args.model == 'cnn' and args.local_bs > 20)       # grouped convolutions, on a CPU
+    if args.cut: return functools.partial(local_updates, cross=cross)
     if args.engine == 'loop' or why or (args.engine == 'auto' and cpu and slower and not args.compile): return local_updates
     # On a CPU as many as fit its caches; on a GPU as many as 2 GiB hold, at 16 bytes a weight and 1 MiB an example. Even stacks.
     size = (5 if args.compile else 10) if cpu else max(1, 2**31 // (16 * sum(p.numel() for p in net.parameters()) + B * 2**20))
     size = math.ceil(m / math.ceil(m / size))
     return Compiled(args, net, size, B) if args.compile else Stacked(args, net, size)
+
+def narrow(w, like):
+    """The leading parts of the tensors of w, {name: tensor}, in the shapes of like's."""
+    return {name: v[tuple(map(slice, like[name].shape))] for name, v in w.items()}
+
+class Widths:
+    """local_updates for clients of several widths (HeteroFL: Diao et al. 2021, Algorithm 1): client k trains the leading part of
+    each of w's tensors, those of the net that is args.widths[k mod n] as wide; what it does not hold stays as it was.
+
+    make: gives the engine for a net.
+    """
+    def __init__(self, args, net, make):
+        self.nets = [narrowed(net, r) for r in args.widths]
+        self.engines = [make(net) for net in self.nets]
+
+    def __call__(self, args, net, dataset, parts, S_t, t, mask=None, own=None):
+        """Yields (k, w_k, mean loss) for each k in S_t, {k: local epochs}, one width after the other."""
+        w, n = net.state_dict(), len(self.nets)
+        for i, (small, clients) in enumerate(zip(self.nets, self.engines)):
+            like = small.state_dict()
+            small.load_state_dict(narrow(w, like))
+            for k, w_k, loss in clients(args, small, dataset, parts, {k: E for k, E in S_t.items() if k % n == i}, t, mask and narrow(mask, like)):
+                whole = copy.deepcopy(w)
+                for name, v in narrow(whole, like).items(): v.copy_(w_k[name])
+                yield k, whole, loss
+
+    def compile(self, *more):
+        for clients in self.engines: clients.compile(*more)
+
+def crossing(args, net):
+    """[which values of flat(w) go between the server and client k, (d,) bool: at k modulo the list's length]: those of its width,
+    not --personal_layers, which stay with it, nor the layers from --cut on, which stay with the server."""
+    here = list(net.stages)[args.cut:] if args.cut else args.personal_layers or ()
+    goes = {name: torch.full_like(v, name.split('.')[0] not in here) for name, v in net.state_dict().items()}
+    masks = []
+    for r in args.widths or [1]:
+        like, mask = narrowed(net, r).state_dict(), {name: torch.zeros_like(v) for name, v in goes.items()}
+        for name, v in narrow(mask, like).items(): v.copy_(narrow(goes, like)[name])
+        masks.append(flat(mask).bool())
+    return masks
 
 #############################################
 #              Server: average              #
@@ -319,7 +436,8 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
     """The weighted mean of state_dicts, sum of n_k w_k over sum of n_k (Algorithm 1, last line of the server's loop).
 
     w: an iterable of state_dicts with their n_k in n (without n the plain mean), or one of pairs (state_dict, n_k); taken
-    one by one, so that a few models are in memory at a time. Floating point tensors, buffers too, are averaged (summed in
+    one by one, so that a few models are in memory at a time. An n_k may be {name: tensor}, one for each value: 0 for those that the
+    client does not hold; what nobody holds is the first's. Floating point tensors, buffers too, are averaged (summed in
     float64); others are the first's (of this process). The result shares no memory with what went in; None if nothing did, or
     n_k of 0 only.
     all_sum: adds a list of tensors up over all processes, in place; each of them then has the mean over the clients of all.
@@ -329,32 +447,36 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
     first = None
     for w_k, n_k in pairs:
         if first is None:
-            first, m_t = copy.deepcopy(w_k), 0
+            first, m_t = copy.deepcopy(w_k), None
             total = {name: torch.zeros_like(v, dtype=torch.float64) for name, v in first.items() if v.is_floating_point()}
         if w_k.keys() != first.keys() or any(w_k[name].shape != v.shape for name, v in first.items()):
             raise ValueError('the state_dicts to be averaged differ in their keys or shapes')
-        for name, v in total.items(): v.add_(w_k[name], alpha=n_k)
-        m_t += n_k
+        n_k = n_k if isinstance(n_k, dict) else {name: torch.tensor(float(n_k), dtype=torch.float64, device=v.device) for name, v in total.items()}
+        for name, v in total.items(): v.addcmul_(w_k[name].double(), n_k[name])
+        m_t = {name: m_t[name] + n_k[name] if m_t else n_k[name] for name in total}
     if first is None: return None
-    m_t = torch.tensor(float(m_t), dtype=torch.float64, device=next(iter(first.values())).device)
-    all_sum([m_t, *total.values()])
-    if not m_t > 0: return None
-    for name, v in total.items(): first[name].copy_(v / m_t)
+    all_sum([*m_t.values(), *total.values()])
+    if not any(m.any() for m in m_t.values()): return None
+    for name, v in total.items(): first[name].copy_(torch.where(m_t[name] > 0, v / m_t[name], first[name]))
     return first
 
 @torch.no_grad()
+def answers(net, x, y, bs):
+    """The loss of each example and whether net's answer is right, (n,) each; x (n, ...), y (n,), bs at a time. net stays as it is."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    logits = [net(xb) for xb in x.split(bs)] if len(x) else [torch.zeros(0, 1, device=x.device)]
+    for module, mode in modes: module.training = mode
+    logits = torch.cat(logits)                                                          # (n, classes)
+    return F.cross_entropy(logits, y, reduction='none'), logits.argmax(1) == y
+
 def evaluate(net, x, y, bs, all_sum=lambda tensors: None):
     """(mean loss, accuracy in [0, 1]) of net on x (n, ...), y (n,), bs at a time; net's weights and modes stay as they are.
 
     all_sum: as FedAvg's; x and y are then one process's share.
     """
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    sums = torch.tensor([0, 0, len(x)], dtype=torch.float64, device=x.device)       # of losses, right answers, examples
-    for xb, yb in zip(x.split(min(bs, len(x)) or 1), y.split(min(bs, len(x)) or 1)):
-        logits = net(xb)
-        sums[:2] += torch.stack([F.cross_entropy(logits, yb, reduction='sum'), (logits.argmax(1) == yb).sum()])
-    for module, mode in modes: module.training = mode
+    losses, right = answers(net, x, y, bs)
+    sums = torch.stack([losses.double().sum(), right.double().sum(), torch.tensor(len(x), dtype=torch.float64, device=x.device)])
     all_sum([sums])
     loss, right, n = sums.tolist()
     return loss / n, right / n
@@ -419,6 +541,10 @@ def from_rank_0(value):
     if dist.is_initialized():
         with others(): dist.broadcast_object_list(box, device=torch.device('cpu'))
     return box[0]
+
+def at_home(S_t, n_k, size):
+    """S_t as shares gives it, when each process is one client."""
+    return [[k] if k in S_t else [] for k in range(size)]
 
 def shares(S_t, n_k, size):
     """S_t dealt to `size` processes by work, a list for each: the client with the most examples first, to the least loaded."""
@@ -523,34 +649,45 @@ def feedback(args):
     """Whether clients keep what they did not send."""
     return bool(args.topk and args.error_feedback)
 
+def keeps(args):
+    """Whether something of w_k stays with the client: feedback's rest, or layers of its own."""
+    return bool(feedback(args) or args.personal_layers)
+
 class Wire:
     """What crosses between the server and its clients in a round, as bytes, counted: w down, w_k up, or, if --quantize or --topk
     makes it smaller, w_k - w; of weights that are pruned, nothing. Float buffers count as weights.
 
-    kept: {k: (d,) tensor}, what client k has not sent of its updates yet (error feedback). Rank 0 keeps those of simulated
-    clients and lends them to the processes that train these; a silo keeps its own. left: (d,) bool, the pruning mask; holders:
-    the clients that have it. A round changes these three by commit() alone. fp32: the bytes of a whole w.
+    held: crossing's. kept: {k: tensor}, what client k keeps, at the values `stay`: of those that cross, what it has not sent of its
+    updates yet (error feedback), of others (--personal layers) its own. Rank 0 keeps those of simulated clients and lends them to the processes that
+    train these; a silo keeps its own. left: (d,) bool, the pruning mask; holders: the clients that have it. A round changes these
+    three by commit() alone. fp32: the bytes of a whole w.
     """
-    def __init__(self, args, w, n_k=(), rank=0, size=1):
+    def __init__(self, args, w, n_k=(), rank=0, size=1, held=None):
         self.args, self.n_k, self.rank, self.d, self.fp32 = args, n_k, rank, len(flat(w)), len(encode(flat(w)))
         self.kept, self.left, self.holders = {}, torch.ones(self.d, dtype=torch.bool), set()
-        self.feedback = feedback(args)
+        self.held = held or [self.left]
+        self.feedback, self.keeps, self.tally = feedback(args), keeps(args), dict.fromkeys(TALLY, 0)
+        self.stay = slice(None) if self.feedback else (~self.held[0]).nonzero().flatten()
         self.remote = bool(args.silo and rank)
         # Silos' payloads, and smaller ones, go to rank 0; simulated fp32 is summed up where it is trained.
-        self.gathers = size > 1 and bool(args.silo or args.quantize or args.topk or args.prune or args.secagg)
-        self.saved, self.index, self.new = {}, slice(None), {}
+        self.gathers = size > 1 and bool(args.silo or args.quantize or args.topk or args.prune or args.secagg or self.keeps or args.cut)
+        self.saved, self.new = {}, {}
+        self.indexed(self.left)
 
     def downlink(self, w, s, S_t, tally):
         """(w, mask) as S_t receive them: w in fp32 without the fraction s that is pruned (None: nothing ever), and the mask, {name:
-        bool tensor} or None, sent to those that do not hold it. Counts tally's down_bytes."""
+        bool tensor} or None, sent to those that do not hold it. tally: what this round counts, from here on."""
+        self.tally = tally
         if self.remote: return self.received(w, S_t)
         v, left = flat(w), self.left if s is None else unpruned(w, s)
         holders = self.holders if torch.equal(left, self.left) else set()
-        payload, of_mask = encode(v[self.indexed(left)]), b'' if left.all() else encode(left.float(), quantize=1)  # 0, 1: exact
-        lacking = set(S_t) - holders if of_mask else set()
-        if self.rank == 0: tally['down_bytes'] += len(S_t) * len(payload) + len(lacking) * len(of_mask)
+        self.indexed(left)
+        lacking = set() if left.all() else set(S_t) - holders
+        payloads, n = [encode(v[at]) for at in self.index], len(self.held)
+        masks = [encode(left[held].float(), quantize=1) for held in self.held] if lacking else [b'']        # 0 and 1 are exact
+        if self.rank == 0: tally['down_bytes'] += sum(len(payloads[k % n]) for k in S_t) + sum(len(masks[k % n]) for k in lacking)
         for k in S_t if self.args.silo else ():
-            if k: send(payload, k), send(of_mask if k in lacking else b'', k)
+            if k: send(payloads[k % n], k), send(masks[k % n] if k in lacking else b'', k)
         self.next = left, holders | set(S_t)
         return (w, None) if s is None else (unflat(v * left, w), shaped(left, w))
 
@@ -559,56 +696,92 @@ class Wire:
         left = self.left
         if self.rank in S_t:
             payload, of_mask = receive(0), receive(0)
-            if of_mask: left = decode(of_mask, self.d).bool()
-            v = torch.zeros(self.d)
-            v[self.indexed(left)] = decode(payload, int(left.sum()))
+            if of_mask:
+                held = self.held[self.rank % len(self.held)]
+                left = left.masked_scatter(held, decode(of_mask, int(held.sum())).bool())
+            self.indexed(left)
+            v = flat(w) * left
+            v[self.at(self.rank)] = decode(payload, len(v[self.at(self.rank)]))
             w = unflat(v, w)
         self.next = left, set()
         return w, shaped(left, w) if self.args.prune else None
 
     def indexed(self, left):
-        """Where left is True: what this round's vectors are indexed with."""
-        self.index, self.new = slice(None) if left.all() else left.nonzero().flatten(), {}
-        return self.index
+        """Where flat(w) is left by pruning and crosses: what this round's vectors are indexed with, for each of held."""
+        self.index, self.new = [slice(None) if (left & held).all() else (left & held).nonzero().flatten() for held in self.held], {}
 
-    def uplink(self, updates, w, t, dealt, lost, tally):
-        """(k, w_k, n_k, loss) in, (w_k, n_k) out for those that the server accepts; where payloads are gathered, at rank 0 alone.
+    def at(self, k):
+        """The values of flat(w) that go to and come from client k."""
+        return self.index[k % len(self.index)]
 
-        dealt: the clients of each process; lost: {k: stage} of those that are lost. tally: a dict in which it counts clients,
-        rejected, lost and up_bytes, and sums the accepted n_k (m_t) and n_k loss (loss).
+    def own(self, w, dealt):
+        """{k: {name: tensor}}, what clients of this process start from instead of w's: the layers that stayed with them. Rank 0 lends
+        what it keeps to the processes that train the clients, dealt."""
+        if self.keeps and self.gathers and not self.args.silo: self.lend(dealt)
+        layers = self.args.personal_layers or ()
+        return {k: {name: v for name, v in shaped(self.spread(kept, flat(w)), w).items() if name.split('.')[0] in layers}
+                for k, kept in self.kept.items() if layers}
+
+    def spread(self, kept, v):
+        """v, (d,), with kept's values where they stay."""
+        v = v.clone()
+        v[self.stay] = kept
+        return v
+
+    def cross(self, v, up):
+        """What the other side of a net that is cut receives of the tensor v, which goes up from a client, or down. Counts its bytes."""
+        payload = encode(v.flatten().float().cpu())
+        self.tally['up_bytes' if up else 'down_bytes'] += len(payload)
+        try: return decode(payload, v.numel()).view(v.shape)
+        except ValueError: return v         # not finite; nor will the client's update be, which is refused for it
+
+    def uplink(self, updates, w, t, dealt, lost, corrupt=()):
+        """(k, w_k, loss) in, (w_k, n_k) out for those that the server accepts; where payloads are gathered, at rank 0 alone.
+
+        dealt: the clients of each process; lost: {k: stage} of those that are lost; corrupt: {k: kind} of those that send damaged
+        payloads. Counts tally's clients, rejected and up_bytes, and sums the accepted n_k (m_t) and n_k loss (loss).
         """
-        base = flat(w) if self.args.quantize or self.args.topk else torch.zeros(self.d)
-        if self.rank == 0: tally['lost'] += len(lost)
-        if self.feedback and self.gathers and not self.args.silo: self.lend(dealt)
-        for k, payload, n_k, loss, rest in self.gathered(self.packed(updates, base, t), dealt):
+        tally, delta = self.tally, bool(self.args.quantize or self.args.topk)
+        base = flat(w) if delta else torch.zeros(self.d)
+        if self.args.widths: yield w, self.weights(w, None, 0)      # so that all processes sum in one form, and what nobody holds stays
+        for k, payload, loss, rest in self.gathered(self.packed(updates, base, t, corrupt), dealt):
+            n_k, at, v = int(self.n_k[k]), self.at(k), flat(w)
             tally['up_bytes'] += len(payload)
             tally['senders'] += 1
-            v = base.clone()
-            try: v[self.index] += decode(payload, len(v[self.index]))
+            try: v[at] = base[at] + decode(payload, len(v[at]))
             except ValueError as e:
                 tally['rejected'] += 1
                 print(f'client {k} is left out: {e}')
                 continue
-            if self.args.verbose: print(f'    client {k:5d}   n_k {n_k:6d}   loss {loss:.4f}')
+            if self.args.verbose: print(f'    client {k:5d}   n_k {n_k:6d}   loss {loss:.4f}   {len(payload)} bytes')
             tally['clients'] += 1
             tally['m_t'] += n_k
             tally['loss'] += n_k * loss
-            if rest is not None: self.new[k] = rest
-            yield unflat(v, w), 1 if self.args.dp == 'user' else n_k
+            if self.args.cut: v = torch.where(self.held[0], v, self.spread(rest, v))        # the server's half was never away
+            if self.keeps and rest is not None: self.new[k] = rest
+            yield unflat(v, w), self.weights(w, k, 1 if self.args.dp == 'user' else n_k)
 
-    def packed(self, updates, base, t):
-        """The clients' side: (k, w_k, n_k, loss) in, (k, payload, n_k, loss, what it keeps back or None) out."""
-        for k, w_k, n_k, loss in updates:
-            x, rest = (flat(w_k) - base)[self.index], None
-            if k in self.kept: x += self.kept[k][self.index]
-            payload = encode(x, self.args.quantize, self.args.topk, self.args.quantize and rng(self.args.seed, 'quantize', t, k))
-            if self.feedback:
-                try:
-                    rest = torch.zeros(self.d)
-                    rest[self.index] = x - decode(payload, len(x))
-                except ValueError: rest = None      # it will be refused: what was kept before stays
+    def weights(self, w, k, n_k):
+        """n_k, or where clients differ in width {name: n_k for the values that client k holds, 0 for others} (None: holds none)."""
+        if not self.args.widths: return n_k
+        return shaped(self.held[k % len(self.held)].double() * n_k if k is not None else torch.zeros(self.d).double(), w)
+
+    def packed(self, updates, base, t, corrupt):
+        """The clients' side: (k, w_k, loss) in, (k, payload, loss, what stays or None) out."""
+        for k, w_k, loss in updates:
+            at, v, rest = self.at(k), flat(w_k), None
+            x = v[at] - base[at]
+            if k in self.kept and self.feedback: x += self.kept[k][at]
+            coded = functools.partial(encode, quantize=self.args.quantize, topk=self.args.topk,
+                                      draw=self.args.quantize and rng(self.args.seed, 'quantize', t, k))
+            payload = coded(x)
+            if self.keeps or self.args.cut:
+                try: v[at] = x - decode(payload, len(x))
+                except ValueError: pass     # it will be refused: what was kept before stays
+                else: rest = v[self.stay]
+            if k in corrupt: payload, rest = damaged(x, payload, corrupt[k], coded, rng(self.args.seed, 'garbage', t, k)), None
             if self.remote and rest is not None: self.new[k] = rest
-            yield k, payload, n_k, loss, rest
+            yield k, payload, loss, rest
 
     def gathered(self, messages, dealt):
         """The messages of all processes at rank 0, and none elsewhere; where nothing is gathered, this process's own."""
@@ -616,14 +789,14 @@ class Wire:
         if not self.gathers: return
         messages = list(messages) if self.rank else []
         all_sum([])         # all have trained
-        for k, payload, _, loss, rest in messages:
+        for k, payload, loss, rest in messages:
             send(MESSAGE.pack(k, loss), 0)
             send(payload, 0)
             send(b'' if rest is None or self.args.silo else rest.numpy().tobytes(), 0)
         for rank, ks in enumerate(dealt):
             for _ in ks if rank and not self.rank else ():
                 (k, loss), payload, rest = MESSAGE.unpack(receive(rank)), receive(rank), receive(rank)
-                yield k, payload, int(self.n_k[k]), loss, torch.frombuffer(bytearray(rest), dtype=torch.float32) if rest else None
+                yield k, payload, loss, torch.frombuffer(bytearray(rest), dtype=torch.float32) if rest else None
 
     def lend(self, dealt):
         """What rank 0 keeps for clients that other processes train, to these."""
@@ -645,11 +818,16 @@ class Wire:
     def resume(self, state, t):
         """Goes on from state, a checkpoint's (None: there is none here), after round t. Silos started again do not hold the mask."""
         kept = state['kept'] if state else {}
-        if self.args.silo and self.feedback and t not in kept:
-            print(f'silo {self.rank}: no checkpoint of round {t} here; what it had not sent yet is lost', file=sys.stderr)
+        if self.args.silo and self.keeps and t not in kept:
+            print(f'silo {self.rank}: no checkpoint of round {t} here; what it had kept is lost', file=sys.stderr)
         self.kept = kept.get(t, {})
         self.saved = {t: self.kept}
         if state and not self.args.silo: self.left, self.holders = state['left'], set(state['holders'])
+
+def damaged(x, payload, kind, coded, draw):
+    """What a corrupt client sends instead of x's payload: NaN, infinity, garbage of its length, or a value too few."""
+    if kind < 2: return coded(torch.full_like(x, (math.nan, math.inf)[kind]))
+    return draw.bytes(len(payload)) if kind == 2 else coded(x[1:])
 
 class SecureWire(Wire):
     """A Wire of which rank 0 learns the sum of what goes up, not its terms (Bonawitz et al. 2017; compress.secure_sum).
@@ -660,8 +838,8 @@ class SecureWire(Wire):
     """
     LOST_AT = STEPS[1:]         # by sampling.lose's stage, the first step that a client does not come to
 
-    def __init__(self, args, w, n_k=(), rank=0, size=1):
-        super().__init__(args, w, n_k, rank, size)
+    def __init__(self, args, w, n_k=(), rank=0, size=1, held=None):
+        super().__init__(args, w, n_k, rank, size, held)
         self.weight = np.ones(len(n_k), int) if args.dp == 'user' else np.array(n_k)
         fits = (2**32 // int(self.weight.sum())).bit_length() - 1       # bits with which the sum of all stays below 2^32
         self.bits = args.quantize or min(16, fits)
@@ -677,26 +855,28 @@ class SecureWire(Wire):
 
     def term(self, w_k, loss, base, k, t):
         """What client k adds to the sum, (d + 1,) uint32 (d without what is pruned). Raises ValueError for NaN and infinity."""
-        v = (flat(w_k) - base)[self.index].double()
+        v = (flat(w_k) - base)[self.at(k)].double()
         if self.args.dp == 'user': v = clip(v, self.args.clip - len(v) ** 0.5 * self.step)        # rounding adds that much at most
         v = np.append(v, (loss / 8 - 1) * self.args.range)
         return term(v, self.args.range, self.bits, self.weight[k], rng(self.args.seed, 'quantize', t, k))
 
-    def uplink(self, updates, w, t, dealt, lost, tally):
-        """(k, w_k, n_k, loss) in; out, at rank 0, one pair: the survivors' mean and its weight. None if they are too few."""
+    def uplink(self, updates, w, t, dealt, lost, corrupt=()):
+        """(k, w_k, loss) in; out, at rank 0, one pair: the survivors' mean and its weight. None if they are too few."""
         asked = sorted({k for ks in dealt for k in ks} | set(lost))
+        tally, at = self.tally, self.at(0)
         base, clients, threshold = flat(w), {}, max(math.ceil(round(self.args.threshold * len(asked), 9)), self.least)
         terms = self.terms(updates, base, t)
-        for k, term, *_ in terms if self.args.silo else self.gathered(terms, dealt):
-            if term: clients[k] = SecureClient(k, np.frombuffer(term, '<u4'), threshold)
+        for k, term, _, rest in terms if self.args.silo else self.gathered(terms, dealt):
+            if term:
+                clients[k] = SecureClient(k, np.frombuffer(term, '<u4'), threshold)
+                if rest is not None: self.new[k] = rest
             else:
                 tally['rejected'] += 1
                 print(f'client {k} is left out: it holds NaN or infinity')
-        nothing = np.zeros(len(base[self.index]) + 1, np.uint32)
+        nothing = np.zeros(len(base[at]) + 1, np.uint32)
         clients = {k: SecureClient(k, nothing, threshold) for k in lost} | clients       # lost ones that were not trained never send it
         if self.remote: return self.serve(clients) if self.rank in asked else None
         if self.rank: return
-        tally['lost'] += len(lost)
         tally['senders'] += len(asked)
         ks = asked if self.args.silo else sorted(clients)
         try: total, who = secure_sum(self.asker(clients, lost, tally), ks, threshold, len(nothing))
@@ -707,17 +887,18 @@ class SecureWire(Wire):
         m_t = int(self.weight[who].sum())
         mean = total * (self.step / m_t) - self.args.range
         v = base.clone()
-        v[self.index] += torch.from_numpy(mean[:-1]).float()
+        v[at] += torch.from_numpy(mean[:-1]).float()
         tally['clients'] += len(who)
         tally['m_t'] += int(self.n_k[who].sum())
         tally['loss'] += int(self.n_k[who].sum()) * (mean[-1] / self.args.range + 1) * 8
         yield unflat(v, w), m_t
 
     def terms(self, updates, base, t):
-        """The clients' side: (k, w_k, n_k, loss) in, (k, its term as bytes, n_k, loss, None) out, no bytes for what is not finite."""
-        for k, w_k, n_k, loss in updates:
-            try: yield k, self.term(w_k, loss, base, k, t).astype('<u4').tobytes(), n_k, loss, None
-            except ValueError: yield k, b'', n_k, loss, None
+        """The clients' side: (k, w_k, loss) in, (k, its term as bytes, loss, what stays or None) out, no bytes for what is not finite."""
+        for k, w_k, loss in updates:
+            rest = flat(w_k)[self.stay] if self.keeps else None
+            try: yield k, self.term(w_k, loss, base, k, t).astype('<u4').tobytes(), loss, rest
+            except ValueError: yield k, b'', loss, None
 
     def asker(self, clients, lost, tally):
         """secure_sum's ask, which counts bytes both ways and has lost clients answer no more from the step on at which they go."""
@@ -745,10 +926,11 @@ def answered(client, step, message):
 #      What is kept: log, checkpoint, plot  #
 #############################################
 
-COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'lost', 'up_bytes', 'down_bytes', 'upload_seconds', 'epsilon',
-           'seconds')
+COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'lost', 'late', 'up_bytes', 'down_bytes', 'upload_seconds',
+           'round_time', 'epsilon', 'seconds')
+TALLY = ('clients', 'rejected', 'lost', 'late', 'm_t', 'loss', 'senders', 'up_bytes', 'down_bytes', 'round_time')   # counted in a round
 # What may differ between a run and its resumption: nothing that the weights of a round depend on.
-FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose'}
+FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose', 'personal', 'personal_ep', 'mix'}
 
 def rounds_to(target, accuracies):
     """Rounds to the target accuracy by the paper's protocol, or None (Section 3): the curve made monotone (best so far),
@@ -792,19 +974,24 @@ def save(path, options, w, history, wire, wait=False):
         fail(f'--checkpoint {path}: could not be written ({str(e).splitlines()[0]}); an earlier one is as it was', everyone=True)
     if wait and wire.rank: all_sum([])
 
-def restore(path, options):
-    """(options, w, history, the wire's state) of the run saved at path. Exits with one line if it is no checkpoint, or not of such a run."""
+def opened(flag, path):
+    """(options, w, history, the wire's state) of the run saved at path, which flag names. Exits with one line if it is no checkpoint."""
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         was, w, history, wire = {**vars(args_parser([])), **saved['options']}, dict(saved['w']), list(saved['history']), saved['wire']
         if not {'kept', 'left', 'holders'} <= wire.keys(): raise ValueError('half empty')
         if not w or not all(set(COLUMNS) <= set(row) for row in history): raise ValueError('half empty')
     except Exception as e:      # what torch.load raises for foreign bytes is not documented
-        fail(f'--checkpoint {path}: not a checkpoint of this program, or of another version of it ({type(e).__name__}); name one, or '
-             'leave --resume out', everyone=True)
+        fail(f'--{flag} {path}: not a checkpoint of this program, or of another version of it ({type(e).__name__}); name one, or '
+             f'leave {"--resume" if flag == "checkpoint" else f"--{flag}"} out', everyone=True)
+    return was, w, history, wire
+
+def restore(path, options):
+    """opened's, for a run that goes on under these options. Exits with one line if they are others than it had."""
+    was, w, history, wire = opened('checkpoint', path)
     other = [name for name, v in options.items() if name not in FREE and was[name] != v and not (name == 'noise' and was['epsilon'])]
     if other:
-        fail('--resume 1: the checkpoint was made with ' + ', '.join(f'--{name} {was[name]} (given: {options[name]})' for name in other)
+        fail('--resume 1: the checkpoint was made with ' + ', '.join(f'--{name} {shown(was[name])} (given: {shown(options[name])})' for name in other)
              + '; give the same, or another --checkpoint', everyone=True)
     return was, w, history, wire
 
@@ -816,20 +1003,32 @@ def plot(path, history):
     rounds = [row['round'] for row in history]
     left.plot(rounds, [row['test_acc'] for row in history])
     left.set(xlabel='round', ylabel='test accuracy')
-    for name in ('train_loss', 'test_loss'): right.plot(rounds, [row[name] for row in history], label=name.replace('_', ' '))
+    for name in ('train_loss', 'test_loss'): right.plot(rounds, [row[name] or math.nan for row in history], label=name.replace('_', ' '))
     right.set(xlabel='round', ylabel='loss')
     right.legend()
     figure.savefig(path, dpi=150)
+
+def measured(args, t, tally, cost, seconds):
+    """The row of round t."""
+    more = {'round': t, 'epsilon': cost, 'seconds': seconds, 'train_loss': tally['loss'] / tally['m_t'] if tally['m_t'] else '',
+            'upload_seconds': tally['up_bytes'] / max(tally['senders'], 1) / 1e6 / args.bandwidth}      # side by side
+    row = tally | more
+    whole = ('clients', 'rejected', 'lost', 'late', 'up_bytes', 'down_bytes')
+    return {name: int(row[name]) if name in whole else row[name] for name in COLUMNS}
 
 def progress(args, history):
     """The last round in a line."""
     row = history[-1]
     print(f'round {row["round"]:4d}/{args.epochs}   train loss {row["train_loss"] or math.nan:.4f}   '
           f'test acc {100 * row["test_acc"]:.2f} %   best {100 * max(r["test_acc"] for r in history):.2f} %   '
-          + ''.join(f'{row[name]} {name}   ' for name in ('rejected', 'lost') if row[name]) +
+          + ''.join(f'{row[name]} {name}   ' for name in ('rejected', 'lost', 'late') if row[name]) +
           f'up {row["up_bytes"] / 1e6:.3g} MB ({row["upload_seconds"]:.3g} s a client)   down {row["down_bytes"] / 1e6:.3g} MB   '
-          + (f'epsilon {row["epsilon"]:.3g}   ' if row['epsilon'] != '' else '') +
+          + (f'round time {row["round_time"]:.3g}   ' if timed(args) else '') + (f'epsilon {row["epsilon"]:.3g}   ' if row['epsilon'] != '' else '') +
           f'{row["seconds"]:.2f} s   {row["seconds"] * (args.epochs - row["round"]):.0f} s left', flush=True)
+
+def timed(args):
+    """Whether the simulated time of a round is of interest."""
+    return args.speeds is not None or args.deadline or args.overselect
 
 def reached(args, history):
     """Rounds to --target, or None. Before the last round of --prune's schedule none counts: the model is not pruned yet."""
@@ -847,9 +1046,14 @@ def summary(args, history, fp32):
     sent = list(itertools.accumulate((row['up_bytes'] for row in history), initial=0))
     payloads = sum(row['clients'] + row['rejected'] for row in history)
     seconds_up = sum(row['upload_seconds'] for row in history)
-    print(f'uploaded {sent[-1] / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times smaller than fp32, {seconds_up:.3g} s for a '
+    times = payloads * fp32 / max(sent[-1], 1)
+    than = 'nothing' if not payloads else f'{times:.1f} times smaller than fp32' if times >= 1 else f'{1 / times:.1f} times larger than fp32'
+    print(f'uploaded {sent[-1] / 1e6:.2f} MB, {than}, {seconds_up:.3g} s in all for a '
           f'client of each round at {args.bandwidth:g} MB/s; downloaded '
           f'{sum(row["down_bytes"] for row in history) / 1e6:.2f} MB')
+    if timed(args):
+        print(f'simulated time {sum(row["round_time"] for row in history):.4g}, in units of what the median client takes for its {args.local_ep} '
+              f'epochs; {sum(row["late"] for row in history)} clients were late')
     if args.dp:
         delta = args.delta or (f'1/{args.num_users}' if args.dp == 'user' else '1/n_k')
         print(f'epsilon {history[-1]["epsilon"]:.3g} at delta {delta} ({args.dp}, noise {args.noise:.4g}, clip {args.clip:g})')
@@ -858,13 +1062,22 @@ def summary(args, history, fp32):
         print(f'rounds to {100 * args.target:.2f} %: ' + (f'{rounds:.1f}, with {np.interp(rounds, range(len(sent)), sent) / 1e6:.2f} MB '
               'uploaded' if rounds else f'not reached in {len(history)} rounds'))
 
+def report(args, accuracies, asked):
+    """--personal's lines: how the accuracies, (2, K), are spread over the clients."""
+    print(f'accuracy on the labels that a client holds, of {args.num_users} clients, {asked} of which were ever asked:')
+    w = 'the global model' if args.personal != 'layers' else f'w, {shown(args.personal_layers)} as at first'
+    for name, of in zip((f'--personal {args.personal}', w), accuracies):
+        of = of[np.isfinite(of)]        # a silo's test files may have none of its labels
+        low, high = np.percentile(of, (10, 90))
+        print(f'  {name:22s} mean {100 * of.mean():.2f} %   10th percentile {100 * low:.2f} %   90th {100 * high:.2f} %')
+
 #############################################
 #              Algorithm 1: main            #
 #############################################
 
 def device_of(gpu):
     """CUDA device `gpu`, under torchrun the LOCAL_RANK-th from it; the CPU for -1 and, which is said, where there is no CUDA."""
-    if gpu < 0: return torch.device('cpu')
+    if gpu == -1: return torch.device('cpu')
     if not torch.cuda.is_available():
         if os.environ.get('RANK', '0') == '0': print(f'--gpu {gpu}: no CUDA here, so this runs on the CPU')
         return torch.device('cpu')
@@ -874,19 +1087,27 @@ def device_of(gpu):
              everyone=True)
     return torch.device('cuda', wanted)
 
+def cuttable(args, net):
+    """Exits with one line if the net has no such place to cut at, or no such layers."""
+    if args.cut:
+        try: split(net, args.cut)
+        except ValueError as e: fail(f'--cut {args.cut}: {e}', everyone=True)
+    unknown = set(args.personal_layers or ()) - set(net.stages)
+    if unknown or set(args.personal_layers or ()) == set(net.stages):
+        fail(f'--personal_layers {",".join(args.personal_layers)}: {args.model} has {", ".join(net.stages)}; take some of them, not all', everyone=True)
+
 def agree(options, first):
     """Exits with one line if this silo was started under other options than the first, in what the weights depend on."""
-    other = [name for name, v in options.items() if name not in FREE - {'epochs', 'target', 'save_every'} and v != first[name]]
+    other = [name for name, v in options.items() if name not in FREE - {'epochs', 'target', 'save_every', 'personal', 'personal_ep', 'mix'} and v != first[name]]
     if bool(options['checkpoint']) != bool(first['checkpoint']): other.append('checkpoint')
     if other:
-        fail('--silo 1: the first silo has ' + ', '.join(f'--{name} {first[name]}' for name in other) + '; give the same',
+        fail('--silo 1: the first silo has ' + ', '.join(f'--{name} {shown(first[name])}' for name in other) + '; give the same',
              everyone=True)
 
 def holdings(args, rank, size):
     """(train, test, {k: indices}): what the simulation holds, or with --silo this process's own data, it being client `rank`.
 
-    Test examples are shared out among the processes; with --silo rank 0 has all of its own. Exits with one line if the data
-    cannot be read or shared.
+    Exits with one line if the data cannot be read or shared.
     """
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if not first: all_sum([])       # waits: the first process of a machine may have to download what the others then find
@@ -897,47 +1118,141 @@ def holdings(args, rank, size):
     except (OSError, ValueError) as e: fail(e, everyone=True)
     if first: all_sum([])
     if args.silo: parts = {rank: np.arange(len(train))}
-    mine = slice(0, len(test) if rank == 0 else 0) if args.silo else slice(rank, None, size)
-    train, test = ([v.to(args.device) for v in data.tensors] for data in (train, test))
-    return TensorDataset(*train), TensorDataset(*(v[mine] for v in test)), parts
+    train, test = (TensorDataset(*(v.to(args.device) for v in data.tensors)) for data in (train, test))
+    return train, test, parts
+
+def counts(parts, K, silo):
+    """How many examples each of the K clients holds, (K,); silos tell each other."""
+    n = torch.tensor([len(parts.get(k, ())) for k in range(K)])
+    if silo: all_sum([n])
+    return n.numpy()
+
+def balanced(train, parts, mean, seed):
+    """(train, parts) with augmented copies of what sampling.lacking finds, a client's own behind what it had."""
+    x, y = train.tensors
+    more, n = lacking(parts, y.cpu(), mean, rng(seed, 'balance')), len(y)
+    of = torch.from_numpy(np.concatenate(list(more.values()))).to(y.device)
+    ends = n + np.cumsum([len(idxs) for idxs in more.values()])
+    parts = {k: np.append(parts[k], np.arange(end - len(idxs), end)) for (k, idxs), end in zip(more.items(), ends)}
+    print(f'--balance 1: {len(of)} copies')
+    seed_torch(seed, 'copies')
+    copies = torch.cat([augmented(part) for part in x[of].split(4000)]) if len(of) else x[of]
+    return TensorDataset(torch.cat([x, copies]), torch.cat([y, y[of]])), parts
+
+def teacher_of(args):
+    """(--teacher's options, its net). Exits with one line if it is no checkpoint, or not one of a whole net for this data set."""
+    was, w, *_ = opened('teacher', args.teacher)
+    if was['dataset'] != args.dataset: fail(f'--teacher {args.teacher}: was trained on {was["dataset"]}; take one of {args.dataset}', everyone=True)
+    if was['personal_layers']: fail(f'--teacher {args.teacher}: has no last word in {shown(was["personal_layers"])}, its clients\' own; take one without', everyone=True)
+    was = argparse.Namespace(**was)
+    net = build(was).to(args.device)
+    try: net.load_state_dict(w)
+    except RuntimeError as e: fail(f'--teacher {args.teacher}: its weights are not those of {was.model} ({str(e).splitlines()[0]}); take another', everyone=True)
+    return was, net
+
+def taught_by(args, was, net, train, test):
+    """(train with the logits of teacher_of's net, for the images as they are, beside its labels; that net's line for the summary)."""
+    print(f'--teacher {args.teacher}: labels the training set', flush=True)
+    show, (x, y) = augmentation(was)[1], train.tensors
+    acc = evaluate(net, show(test.tensors[0]), test.tensors[1], args.bs, all_sum)[1]
+    return TensorDataset(x, taught(net, show(x), y, args.bs)), f'teacher {was.model}: {size_of(net)}, {100 * acc:.2f} %'
+
+def size_of(net):
+    """A net's parameters, and its bytes on the wire, in words."""
+    return f'{sum(p.numel() for p in net.parameters()):,} parameters, {len(encode(flat(net.state_dict()))) / 1e6:.3g} MB'
+
+def pace(args, load):
+    """sampling.durations for clients with so many examples. Exits with one line if --deadline leaves none of them the time for an epoch."""
+    duration = durations(load, args.speeds or 0, args.seed)
+    least = duration.min() / args.local_ep
+    if args.deadline and args.deadline < least:
+        fail(f'--deadline {args.deadline:g}: no client can do an epoch by then; take {math.ceil(100 * least) / 100} or more', everyone=True)
+    return duration
+
+def turnout(args, S_t, duration, m, t):
+    """What becomes of S_t in round t: ({k: local epochs} of those whose update is sent, {k: stage} of those that are lost or late,
+    {k: kind} of those whose update is damaged, what the tally counts of it)."""
+    lost = lose(S_t, args.drop, rng(args.seed, 'drop', t))
+    there = [k for k in S_t if k not in lost or (args.secagg and lost[k] == 2)]
+    work, took = in_time(there, duration, args.local_ep, m if args.overselect else len(S_t), args.deadline or math.inf,
+                         rng(args.seed, 'finish', t))
+    counted = {'lost': len(lost), 'late': len(there) - len(work), 'round_time': took}
+    corrupt = corrupted(work, args.corrupt, rng(args.seed, 'corrupt', t))
+    return work, lost | {k: 1 for k in there if k not in work}, corrupt, counted
+
+def own_models(args, clients, net, w, wire, train, parts, dealt, t):
+    """Yields (k, weights) for each client of this process: w with the layers that stayed with it (Arivazhagan et al. 2019), or lambda w +
+    (1 - lambda) what --personal_ep more epochs make of w (after Mansour et al. 2020); lambda 0 is finetune."""
+    print(f'--personal {args.personal}: testing {args.num_users} clients', flush=True)
+    own, mask = wire.own(w, dealt), shaped(wire.left, w) if args.prune else None
+    if args.personal == 'layers': yield from ((k, w | own.get(k, {})) for k in dealt[wire.rank])
+    else:
+        for k, w_k, _ in clients(args, net, train, parts, dict.fromkeys(dealt[wire.rank], args.personal_ep), t, mask):
+            yield k, FedAvg([w, w_k], [args.mix, 1 - args.mix])
+
+def personal(args, models, net, w, x, y, labels):
+    """Each client's accuracies, (2, K): of its own model, of those in models, and of w; on the test set x, y weighted by the labels
+    that it holds, in labels, {k: (n_k,)}."""
+    accuracies = torch.zeros(2, args.num_users, dtype=torch.float64, device=args.device)
+    in_test = torch.bincount(y, minlength=args.num_classes).clamp(min=1)
+    net.load_state_dict(w)
+    right = answers(net, x, y, args.bs)[1].double()
+    for k, w_k in models:
+        weight = (torch.bincount(labels[k], minlength=args.num_classes).double() / in_test)[y]       # (n,)
+        at = weight > 0
+        net.load_state_dict(w_k)
+        accuracies[0, k] = weight[at] @ answers(net, x[at], y[at], args.bs)[1].double() / weight.sum()
+        accuracies[1, k] = weight @ right / weight.sum()
+        net.load_state_dict(w)          # the next client starts from it
+    all_sum([accuracies])
+    return accuracies.cpu().numpy()
 
 def main(argv=None):
     """Runs the server of Algorithm 1 for the flags in argv (None: the command line); the log's rows, a dict a round."""
     args = args_parser(argv)
     options = {name: 'inf' if v == math.inf else v for name, v in vars(args).items()}
-    args.device = device_of(args.gpu)
+    args.device, args.server = map(device_of, args.gpu) if isinstance(args.gpu, tuple) else [device_of(args.gpu)] * 2
     if args.plot and not importlib.util.find_spec('matplotlib'):
         fail(f'--plot {args.plot}: needs matplotlib, which is not installed; pip install matplotlib, or leave --plot out')
+    seed_torch(args.seed, 'init')
+    net = build(args)
+    cuttable(args, net)
+    teacher = teacher_of(args) if args.teacher else None
     rank, size = processes(args.device)
     if args.silo: args.num_users = options['num_users'] = size
     if args.silo: agree(options, from_rank_0(options))
     if rank: sys.stdout, args.log, args.plot = open(os.devnull, 'w'), None, None        # rank 0's alone
-    if rank: args.checkpoint = f'{args.checkpoint}.{rank}' if args.checkpoint and args.silo and feedback(args) else None
+    if rank: args.checkpoint = f'{args.checkpoint}.{rank}' if args.checkpoint and args.silo and keeps(args) else None
     saved = args.checkpoint and args.resume and os.path.exists(args.checkpoint)
     was, w, history, state = restore(args.checkpoint, options) if saved else ({}, None, [], None)
     was, w, history = from_rank_0((was, w, history))
 
     train, test, parts = holdings(args, rank, size)
-    K = args.num_users
-    n_k = torch.tensor([len(parts.get(k, ())) for k in range(K)])
-    if args.silo: all_sum([n_k])
-    n_k = n_k.numpy()
-    seed_torch(args.seed, 'init')
-    net = build(args).to(args.device)
+    K, labels = args.num_users, {k: train.tensors[1][idxs] for k, idxs in parts.items()} if args.personal else {}
+    n_k = counts(parts, K, args.silo)
+    print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
+          f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
+    if args.balance: train, parts = balanced(train, parts, n_k.mean(), args.seed)
+    load = counts(parts, K, args.silo)      # n_k, and what --balance has added
+    mine = slice(0, len(test) if rank == 0 else 0) if args.silo else slice(rank, None, size)    # of the test set; silos' is rank 0's
+    if teacher: train, teachers = taught_by(args, *teacher, train, TensorDataset(*test[mine]))
+    test = TensorDataset(augmentation(args)[1](test.tensors[0]), test.tensors[1])
+    net = net.to(args.device)
     if args.device.type == 'cpu': net = net.to(memory_format=torch.channels_last)       # no change but for convolutions
     if w: net.load_state_dict(w)
     w = copy.deepcopy(net.state_dict())
-    wire = (SecureWire if args.secagg else Wire)(args, w, n_k, rank, size)
+    wire = (SecureWire if args.secagg else Wire)(args, w, n_k, rank, size, crossing(args, net))
     if history: wire.resume(state, len(history))
-    draw = poisson if args.dp == 'user' else select
+    draw = poisson if args.dp == 'user' else functools.partial(select, extra=args.overselect)
     asked = functools.lru_cache(None)(lambda t: draw(K, args.frac, rng(args.seed, 'select', t)).tolist())
-    B = min(args.local_bs, max(map(len, parts.values())))
-    clients = engine(args, net, math.ceil(max(round(args.frac * K), 1) / size), B)
+    m = max(round(args.frac * K), 1)
+    make = functools.partial(engine, args, m=math.ceil(m / size / len(args.widths or [1])), B=min(args.local_bs, max(map(len, parts.values()))), cross=wire.cross)
+    clients = Widths(args, net, make) if args.widths else make(net)
+    duration = pace(args, load)
     if args.dp and args.noise is None: options['noise'] = args.noise = was.get('noise') or planned(args, n_k, asked)
     complete = private if args.dp == 'user' else unasked
+    deal = functools.partial(at_home if args.silo else shares, size=size)
     average = FedAvg if args.silo else functools.partial(FedAvg, all_sum=all_sum)       # of silos only rank 0 has updates
-    print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
-          f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
     if args.compile: clients.compile(train, bool(args.prune))
     if was: print(f'resumed from {args.checkpoint} after round {len(history)}; --epochs is {args.epochs}')
     else: set_aside(args.checkpoint)
@@ -952,41 +1267,37 @@ def main(argv=None):
                 print(f'--epsilon {args.epsilon} is spent after round {t - 1}')
                 break
             began = time.perf_counter()
-            tally = dict.fromkeys(('clients', 'rejected', 'lost', 'm_t', 'loss', 'senders', 'up_bytes', 'down_bytes'), 0)
 
             S_t = asked(t)
-            lost = lose(S_t, args.drop, rng(args.seed, 'drop', t))                  # {k: stage}
-            there = [k for k in S_t if k not in lost or (args.secagg and lost[k] == 2)]
-            dealt = [[k] if k in there else [] for k in range(size)] if args.silo else shares(there, n_k, size)
+            work, lost, corrupt, counted = turnout(args, S_t, duration, m, t)       # {k: epochs}, {k: stage}, {k: kind}
+            dealt = deal(work, load)                                                # the clients of each process
+            tally = dict.fromkeys(TALLY, 0) | (counted if rank == 0 else {})
             s = args.prune and sparsity(t, args.prune, args.prune_begin, args.prune_end)
             w_t, mask = wire.downlink(w, s, S_t, tally)
+            own = wire.own(w_t, dealt)                                              # {k: the layers that stay with it}
             net.load_state_dict(w_t)
-            updates = clients(args, net, train, parts, dealt[rank], t, mask)        # (k, w_k, n_k, loss), one at a time
-            updates = wire.uplink(updates, w_t, t, dealt, lost, tally)              # (w_k, n_k) of those that are accepted
-            updates = complete(args, updates, w_t, n_k, S_t, t, rank == 0, wire.index)      # and what else the average counts
+            updates = clients(args, net, train, parts, {k: work[k] for k in dealt[rank]}, t, mask, own)      # (k, w_k, loss), one at a time
+            updates = wire.uplink(updates, w_t, t, dealt, lost, corrupt)            # (w_k, n_k) of those that are accepted
+            updates = complete(args, updates, w_t, n_k, S_t, t, rank == 0, wire.at(0))      # and what else the average counts
             w_next = average(updates) or w_t
 
             tally = dict(zip(tally, all_summed(tally.values(), args.device)))
-            if tally['rejected'] == len(there) > 0 and args.dp != 'user':
+            if tally['rejected'] == len(work) > len(corrupt) and args.dp != 'user':
                 print(f'round {t}: no update is finite; the weights stay those of round {t - 1}. Start again with a lower --lr '
                       f'than {args.lr}', file=sys.stderr if rank == 0 else sys.stdout)
                 code = 1
                 break
             if not tally['clients']: print(f'round {t}: ' + ('no update has come through' if S_t else 'nobody was drawn'))
             net.load_state_dict(w_next)
-            test_loss, test_acc = evaluate(net, *test.tensors, args.bs, all_sum)
-            row = {'round': t, 'test_loss': test_loss, 'test_acc': test_acc, 'epsilon': cost} | {name: int(v) for name, v in tally.items()}
-            row['train_loss'] = tally['loss'] / tally['m_t'] if tally['m_t'] else ''
-            row['upload_seconds'] = tally['up_bytes'] / max(tally['senders'], 1) / 1e6 / args.bandwidth      # side by side
-            row['seconds'] = time.perf_counter() - began
-            row = {name: row[name] for name in COLUMNS}
+            tally['test_loss'], tally['test_acc'] = evaluate(net, *test[mine], args.bs, all_sum)
+            row = measured(args, t, tally, cost, time.perf_counter() - began)
             w, history = w_next, history + [row]
             wire.commit()
 
             rows(log).writerow(row)
             log.flush()
             if args.checkpoint and t % args.save_every == 0:
-                save(args.checkpoint, options, w, history, wire, wait=args.silo and wire.feedback)
+                save(args.checkpoint, options, w, history, wire, wait=args.silo and wire.keeps)
             progress(args, history)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)        # torchrun sends a second one, which would cut the saving short
@@ -996,7 +1307,21 @@ def main(argv=None):
         save(args.checkpoint, options, w, history, wire)
         print(f'checkpoint: {args.checkpoint}, after round {len(history)}')
     if history: summary(args, history, wire.fp32)
+    if history and teacher: print(f'student {args.model}: {size_of(net)}, {100 * history[-1]["test_acc"]:.2f} %; {teachers}')
     if history and args.plot: plot(args.plot, history)
+    if history and args.personal and not code:
+        if args.silo:       # only rank 0 has the last average
+            net.load_state_dict(from_rank_0({name: v.cpu() for name, v in w.items()}))
+            w = copy.deepcopy(net.state_dict())
+        models = own_models(args, clients, net, w, wire, train, parts, deal(range(K), load), len(history) + 1)
+        ever = {k for row in history for k in asked(row['round'])}
+        try:
+            accuracies = personal(args, models, net, w, *test.tensors, labels)
+            open_log(args.log, options | {'accuracies': accuracies.T.tolist()}, history).close()      # beside the options, in its first line
+            report(args, accuracies, len(ever))
+        except KeyboardInterrupt:
+            print('\ninterrupted: no report of --personal' + (', which --resume makes' if args.checkpoint else ''))
+            code = 130
     if code != 130: all_sum([])         # torchrun would end rank 0 at its saving if another left with an error before
     if dist.is_initialized(): dist.destroy_process_group()
     if code: sys.exit(code)

@@ -42,6 +42,26 @@ def number(kind, low, high=math.inf, hint='', above=False, word=None):
                                          + (f' ({hint})' if hint else ''))
     return parse
 
+def several(kind):
+    """A flag's type: values of the type `kind`, parted by commas, as a tuple."""
+    def parse(text):
+        try: return tuple(kind(part) for part in text.split(','))
+        except argparse.ArgumentTypeError as e: raise argparse.ArgumentTypeError(f'{e}; several are parted by commas, as 1,0.5')
+    return parse
+
+def devices(text):
+    """--gpu's type: a device's number, or two of different GPUs as a tuple."""
+    if ',' not in text: return number(int, -1)(text)
+    numbers = several(number(int, -1))(text)
+    if len(numbers) > 2 or -1 in numbers or numbers[0] == numbers[1]:
+        raise argparse.ArgumentTypeError(f'{text!r} will not do; it takes one device, or two different GPUs, as 0,1')
+    return numbers
+
+def lognormal(text):
+    """--speeds' type: the S of lognormal:S."""
+    if not text.startswith('lognormal:'): raise argparse.ArgumentTypeError(f'{text!r} will not do; it takes lognormal:S, with S the sigma')
+    return number(float, 0, 10, hint='as lognormal:1')(text.removeprefix('lognormal:'))
+
 def writable(text):
     """A flag's type: the real path of a file that can be written, beside itself as .tmp, and then renamed."""
     path = os.path.realpath(text)
@@ -112,8 +132,27 @@ def args_parser(argv=None):
     add('threshold', None, number(float, 0, 1, above=True), 'with --secagg: fraction of S_t that must stay for the sum to be had; 2/3 if not given; '
         'half or less is not safe')
     add('range', None, number(float, 1e-9, 1e9), 'with --secagg: values of w_k - w_t are clamped to plus or minus this; 1, or --clip')
+    add('widths', None, several(number(float, 0, 1, above=True)), 'fractions of the hidden units that clients have, as 1,0.5,0.25, client k the '
+        '(k mod n)-th of the n: HeteroFL; one of them is 1')
+    add('cut', None, number(int, 1), 'L: clients train the first L layers and the server the others, on what the clients send it: SplitFed')
+    add('teacher', None, str, 'checkpoint of this program whose net teaches --model; only --model travels')
+    add('distill', None, number(float, 0, 1), 'a, with --teacher: the loss is (1 - a) cross-entropy + a T^2 KL; 0.5 if not given')
+    add('temperature', None, number(float, 0, 1e3, above=True), 'T, with --teacher: both nets\' logits are divided by it; 2 if not given')
+    add('personal', None, str, 'a model for each client: finetune, trained on from w in the end; layers, some of its own; mix, finetuned and mixed with w',
+        choices=('finetune', 'layers', 'mix'))
+    add('personal_ep', None, number(int, 1), 'with --personal finetune or mix: epochs from w, as those of the rounds; 1 if not given')
+    add('personal_layers', None, several(str), 'with --personal layers: their names, as fc3 or fc2,fc3')
+    add('mix', None, number(float, 0, 1), 'lambda, with --personal mix: each client ends with lambda w + (1 - lambda) its own; 0.5 if not given')
+    add('speeds', None, lognormal, 'lognormal:S: a client is exp(S N(0, 1)) as fast as others, for the whole run; all alike if not given')
+    add('deadline', None, number(float, 0, above=True), 'a client does the local steps that fit, at least an epoch, or is late; in units of what the '
+        'median client takes for all')
+    add('overselect', 0.0, number(float, 0, 100), 'r: ceil(m (1 + r)) clients are asked, and the first m that finish are averaged')
+    add('corrupt', 0.0, number(float, 0, 1), 'probability with which a client sends NaN, infinity, garbage or too few values, in turn')
+    add('mu', 0.0, number(float, 0, 1e9), "FedProx: mu / 2 |w - w_t|^2 is added to each client's loss")
+    switch('augment', 0, "1: images turned, sheared, zoomed and shifted at random in training; CIFAR's mirrored too, and paper_cnn's as in the paper")
+    switch('balance', 0, '1: small clients and their rare labels get augmented copies; n_k, their weight in the average, stays, as copies say nothing new')
     switch('silo', 0, '1: every process that torchrun starts is one client with its own --data_dir; K is their number')
-    add('gpu', 0, number(int, -1), 'CUDA device, used when CUDA is present; -1 is the CPU')
+    add('gpu', 0, devices, 'CUDA device, used when CUDA is present; -1 is the CPU; 0,1 with --cut: the clients\' half and the server\'s')
     add('seed', 1, number(int, 0), 'the one seed of partition, selection, initialisation and shuffling')
     add('bs', 250, number(int, 1), 'batch size of the evaluation, examples')
     add('target', None, number(float, 0, 1, above=True, hint='0.97 is 97 %'), 'stop at this test accuracy and report the rounds it took')
@@ -150,6 +189,7 @@ def check(args):
             fail(f'--prune_begin {args.prune_begin}, --prune_end {args.prune_end}: the end comes after the beginning and by the last '
                  f'round, --epochs {args.epochs}')
     private(args)
+    unequal(args)
     if args.silo and 'TORCHELASTIC_RUN_ID' not in os.environ:
         fail('--silo 1: every process is a client; start them with torchrun --nproc_per_node=K fedavg.py --silo 1 ...')
     if '{rank}' in args.data_dir and not args.silo: fail(f'--data_dir {args.data_dir}: only silos have numbers; add --silo 1, or name a folder')
@@ -163,9 +203,9 @@ def check(args):
     if args.plot and not args.plot.lower().endswith(('.png', '.pdf', '.svg')):
         fail(f'--plot {args.plot}: not a kind of picture; the name ends in .png, .pdf or .svg')
     if args.compile and args.engine == 'loop': fail('--compile 1: compiles the stacked step; leave out --engine loop')
-    files = [f for f in (args.log, args.checkpoint, args.plot) if f]
+    files = [f for f in (args.log, args.checkpoint, args.plot, args.teacher and os.path.realpath(args.teacher)) if f]
     for f in files:
-        if files.count(f) > 1: fail(f'--log, --checkpoint and --plot: {f} is named twice; name a file for each')
+        if files.count(f) > 1: fail(f'--log, --checkpoint, --plot and --teacher: {f} is named twice; name a file for each')
 
 def private(args):
     """check's part about --dp and --secagg."""
@@ -188,3 +228,53 @@ def private(args):
     if args.secagg:
         args.threshold = args.threshold or 2 / 3
         args.range = args.clip if args.dp == 'user' else args.range or 1.0
+
+def unequal(args):
+    """check's part about clients that differ, and models of their own."""
+    for names, owner, there in ((('distill', 'temperature'), '--teacher F', args.teacher), (('personal_layers',), '--personal layers', args.personal == 'layers'),
+                                (('personal_ep',), '--personal finetune', args.personal in ('finetune', 'mix')), (('mix',), '--personal mix', args.personal == 'mix')):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not there: fail(f'--{name} {shown(value)}: goes with {owner} alone; add that, or leave this out')
+    if args.widths and max(args.widths) < 1: fail(f'--widths {shown(args.widths)}: nobody would train all of the net; put a 1 among them')
+    if args.teacher is not None and not os.path.isfile(args.teacher): fail(f'--teacher {args.teacher}: there is no such file; name a checkpoint')
+    if args.teacher: args.distill, args.temperature = 0.5 if args.distill is None else args.distill, args.temperature or 2.0
+    if args.personal == 'layers' and not args.personal_layers: fail('--personal layers: which? name them with --personal_layers, as fc3')
+    if args.personal == 'mix' and args.mix is None: args.mix = 0.5
+    if args.personal == 'finetune': args.mix = 0.0
+    if args.personal in ('finetune', 'mix'): args.personal_ep = args.personal_ep or 1
+    if isinstance(args.gpu, tuple) and 'TORCHELASTIC_RUN_ID' in os.environ:
+        fail('--gpu {},{}: under torchrun a process has one device; name one, and the others take those after it'.format(*args.gpu))
+    if isinstance(args.gpu, tuple) and not args.cut: fail('--gpu {},{}: two devices are for the two halves of a net; add --cut L, or name one'.format(*args.gpu))
+    m = max(round(args.frac * args.num_users), 1)
+    if math.ceil(round(m * (1 + args.overselect), 9)) > args.num_users:
+        fail(f'--overselect {args.overselect}: asks {math.ceil(round(m * (1 + args.overselect), 9))} of {args.num_users} clients; take less, or a smaller --frac')
+    for name, bad, why in CLASHES:
+        value, other = getattr(args, name), getattr(args, bad.split()[0])
+        if value and (str(other) == bad.split()[1] if ' ' in bad else other):
+            fail(f'--{name} {shown(value)}: does not go with --{bad if " " in bad else f"{bad} {shown(other)}"}, {why}; leave one of them out')
+
+def shown(value):
+    """A flag's value as it is written on the command line."""
+    return ','.join(f'{v:g}' if isinstance(v, float) else str(v) for v in value) if isinstance(value, tuple) else value
+
+# Pairs of flags, or a flag and another's value, that make no sense together, and why.
+CLASHES = (('widths', 'all_clients', 'which counts values that a client does not hold'),
+           ('overselect', 'secagg', 'whose sum is given up when too many do not answer'),
+           ('teacher', 'dp', 'whose epsilon does not know what the teacher has seen'),
+           ('widths', 'secagg', 'which adds up values that all clients have'),
+           ('widths', 'dp user', 'whose noise is for sums over all clients'),
+           ('widths', 'cut', 'which gives the hidden layers to the server'),
+           ('widths', 'personal', 'whose report is of whole models'),
+           ('cut', 'dp user', 'whose noise the server\'s half would lack'),
+           ('cut', 'dp example', 'which does not hide what clients send at each step'),
+           ('cut', 'secagg', 'which does not hide what clients send at each step'),
+           ('cut', 'silo', 'whose server does not train'),
+           ('cut', 'compile', 'as the two halves wait for each other'),
+           ('cut', 'engine stacked', 'as the two halves wait for each other'),
+           ('cut', 'personal layers', 'as the server has the last ones'),
+           ('prune', 'personal layers', 'which the server could not prune'),
+           ('overselect', 'dp user', 'which asks each client with probability --frac'),
+           ('overselect', 'silo', 'where more can only be asked with --frac'),
+           ('corrupt', 'secagg', 'where garbage cannot be told from a masked update'),
+           ('balance', 'dp example', 'as a copy shows an example twice'))

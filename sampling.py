@@ -108,6 +108,14 @@ def distance_fields(side=48):
         fields.append((at - a - where[..., None] * along).norm(dim=-1).amin(-1))
     return torch.stack(fields)[:, None]
 
+def affine(turn, shear, stretch, shift):
+    """Where a picture's points come from, (n, 2, 3) for affine_grid: turn (radians) and shear (n,), stretch and shift (n, 2)."""
+    c, s = turn.cos(), turn.sin()
+    theta = torch.stack([stretch[:, :1] * torch.stack([c, shear * c - s, 0 * c], 1),
+                         stretch[:, 1:] * torch.stack([s, shear * s + c, 0 * c], 1)], 1)
+    theta[:, :, 2] = shift
+    return theta
+
 def synthetic(n, seed, name):
     """n digits drawn with a pen of random width, turned, sheared, stretched, shifted, bent and covered with noise."""
     draw = torch.Generator().manual_seed(int(rng(seed, 'synthetic', name).integers(2**63)))
@@ -119,16 +127,51 @@ def synthetic(n, seed, name):
         b = len(at)
         turn, shear, stretch = 0.2 * normal(b), 0.2 * normal(b), torch.exp(0.12 * normal(b, 2)) / 0.75
         bend, phase = 0.04 * normal(b, 2, 1, 1), 3 * normal(b, 2, 1, 1)
-        c, s = turn.cos(), turn.sin()
-        theta = torch.stack([stretch[:, :1] * torch.stack([c, shear * c - s, 0 * c], 1),
-                             stretch[:, 1:] * torch.stack([s, shear * s + c, 0 * c], 1)], 1) / 2    # (b, 2, 3)
-        theta[:, :, 2] = 0.08 * normal(b, 2)
+        theta = affine(turn, shear, stretch / 2, 0.08 * normal(b, 2))
         grid = F.affine_grid(theta, (b, 1, 28, 28), align_corners=True)                             # (b, 28, 28, 2)
         grid = grid + (bend * torch.sin(5 * grid.permute(0, 3, 1, 2).flip(1) + phase)).permute(0, 2, 3, 1)
         d = F.grid_sample(fields[y[at]], grid / REACH, align_corners=True, padding_mode='border')   # (b, 1, 28, 28)
         pen, ink = 0.06 + 0.02 * normal(b, 1, 1, 1), 0.85 + 0.15 * normal(b, 1, 1, 1)
         x[at] = ink * ((pen.clamp(min=0.02) - d) / 0.06 + 0.5).clamp_(0, 1) + 0.1 * normal(b, 1, 28, 28)
     return TensorDataset(x.sub_(0.15).div_(0.35), y)
+
+#############################################
+#              More examples                #
+#############################################
+
+def augmented(x, flip=False):
+    """Images (n, c, h, w), each turned, sheared, zoomed and shifted, at random by torch's own generator; half mirrored, if flip."""
+    if not len(x): return x
+    u = 2 * torch.rand(6, len(x), device=x.device) - 1
+    stretch = torch.exp(0.1 * u[2:4].mT)
+    if flip: stretch = stretch * torch.stack([torch.randint(2, (len(x),), device=x.device) * 2. - 1, torch.ones_like(u[0])], 1)
+    grid = F.affine_grid(affine(0.2 * u[0], 0.2 * u[1], stretch, 0.15 * u[4:6].mT), x.shape, align_corners=False)   # 0.15: 2 pixels of 28
+    return F.grid_sample(x, grid, padding_mode='border', align_corners=False)
+
+def tutorial(x, train=True):
+    """CIFAR-10's images (n, 3, 32, 32), standardised by channel, as the TensorFlow tutorial shows them to a net (McMahan et al. 2017,
+    Section 3): (n, 3, 24, 24), standardised each by itself; in training a random crop, mirrored, with another contrast (another brightness is what standardisation takes away)."""
+    n, (mean, std) = len(x), (torch.tensor(v, device=x.device).view(3, 1, 1) for v in MEAN_STD['cifar'])
+    x = x * std + mean
+    corner = torch.randint(9, (2, n, 1), device=x.device) if train else torch.full((2, n, 1), 4, device=x.device)
+    rows, columns = corner + torch.arange(24, device=x.device)                                  # (n, 24) each
+    if train: columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
+    x = x[torch.arange(n, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)   # (n, 3, 24, 24)
+    if train:
+        level = x.mean((2, 3), keepdim=True)
+        x = (x - level) * (0.2 + 1.6 * torch.rand(n, 1, 1, 1, device=x.device)) + level
+    x = x - x.mean((1, 2, 3), keepdim=True)
+    return x / x.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=(3 * 24 * 24) ** -0.5 / 255)      # of pixels from 0 to 255
+
+def lacking(parts, labels, mean, draw):
+    """{k: indices, with repetitions, of examples that client k is to have copies of}: so many that each of the labels it holds has
+    max(n_k, mean) / (its labels) examples, if it has fewer (after Duan et al. 2019). mean: that of n_k over all clients."""
+    labels, more = np.asarray(labels), {}
+    for k, idxs in parts.items():
+        of, count = np.unique(labels[idxs], return_counts=True)
+        goal = int(max(len(idxs), mean) / len(of))
+        more[k] = np.concatenate([draw.choice(idxs[labels[idxs] == label], max(goal - c, 0)) for label, c in zip(of, count)])
+    return more
 
 #############################################
 #         Who holds which examples          #
@@ -211,9 +254,10 @@ def cifar_iid(dataset, num_users, seed=0):
 #         Who is asked in round t           #
 #############################################
 
-def select(K, C, draw):
-    """S_t: m = max(round(C K), 1) of the K clients without replacement, in ascending order (Algorithm 1)."""
-    return np.sort(draw.choice(K, max(round(C * K), 1), replace=False))
+def select(K, C, draw, extra=0.0):
+    """S_t: m = max(round(C K), 1) of the K clients without replacement, in ascending order (Algorithm 1); ceil(m (1 + extra)) of them."""
+    m = max(round(C * K), 1)
+    return np.sort(draw.choice(K, math.ceil(round(m * (1 + extra), 9)), replace=False))
 
 def poisson(K, C, draw):
     """S_t with each of the K clients in it with probability C, maybe nobody: what DP-FedAvg's accountant takes for granted."""
@@ -223,3 +267,26 @@ def lose(S_t, p, draw):
     """{client: stage} of those of S_t that are lost, each with probability p: 0 before it has shared its keys, 1 before it has sent its
     update, 2 after (the first and the last make a difference to secure aggregation alone)."""
     return {k: int(stage) for k, u, stage in zip(S_t, draw.random(len(S_t)), draw.integers(3, size=len(S_t))) if u < p}
+
+def durations(n_k, sigma, seed=0):
+    """How long a full round takes each client, (K,), in units of the median one's: n_k over a speed that is log-normal with sigma."""
+    seconds = np.asarray(n_k) / rng(seed, 'speeds').lognormal(sigma=sigma, size=len(n_k))
+    return seconds / np.median(seconds)
+
+def in_time(S_t, seconds, E, m, deadline, draw):
+    """({k: its local epochs} of the clients of S_t that count, and the time that the round takes).
+
+    seconds: what E epochs take each client, in any unit, as is the deadline, at which a client stops (dynamic local work); one that
+    has not done an epoch by then is late. Of the others the first m count (redundant computation), of equals those that draw, a NumPy
+    generator, puts first. The server waits for m, or until the deadline.
+    """
+    epochs = {k: E * min(1, deadline / seconds[k]) for k in S_t}
+    end = {k: float(min(seconds[k], deadline)) for k in S_t if epochs[k] >= 1}
+    first = sorted(draw.permutation(list(end)).tolist(), key=end.get)[:m]
+    waited = [] if len(first) == m or deadline == math.inf else [deadline]
+    return {k: epochs[k] for k in S_t if k in first}, max([end[k] for k in first] + waited, default=0)
+
+def corrupted(S_t, p, draw):
+    """{client: kind} of those of S_t, each with probability p, whose update will be damaged; kinds 0 to 3 in turn, from a random one."""
+    hit = [k for k, u in zip(S_t, draw.random(len(S_t))) if u < p]
+    return dict(zip(hit, (draw.integers(4) + np.arange(len(hit))) % 4))

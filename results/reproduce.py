@@ -1,0 +1,162 @@
+"""The cells of Tables 1, 2 and 4 of McMahan et al. 2017, one run of fedavg.py each, into results/reproduce.csv; goes on where it was stopped.
+
+    python results/reproduce.py --data_dir DIR --table 4 --grid                               # eta for each cell, on seed 7, into results/eta.csv
+    python results/reproduce.py --data_dir DIR --table 4 --seeds 3                            # rounds to the target, seeds 0, 1, 2
+    python results/reproduce.py --data_dir DIR --table 4 --cell E=10,B=inf,iid=0 --seeds 1
+    python results/reproduce.py --show                                                        # what has been run, as Markdown
+
+A cell's eta is the one of a grid with resolution 10^(1/3) that took the fewest rounds on seed 7. A run that has not reached the target after
+1.5 times the paper's rounds is a miss. Cells come in the order of what they are expected to cost.
+"""
+import argparse
+import csv
+import math
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+GRID = [round(10 ** (i / 3), 4) for i in range(-6, 1)]      # 0.01, 0.0215, 0.0464, 0.1, 0.2154, 0.4642, 1
+SEED = 7                                                    # of the grid; never one of those reported
+ROWS = ('table', 'cell', 'flags', 'lr', 'seed', 'rounds', 'seconds', 'machine', 'paper')
+
+# Table 1: {C: rounds for IID B=inf, IID B=10, non-IID B=inf, non-IID B=10}; Tables 2 and 4: {(E, B): IID, non-IID}.
+CNN1 = {0.0: (387, 50, 1181, 956), 0.1: (339, 18, 1100, 206), 0.2: (337, 18, 978, 200), 0.5: (164, 18, 1067, 261), 1.0: (246, 16, None, 97)}
+NN1 = {0.0: (1455, 316, 4278, 3275), 0.1: (1474, 87, 1796, 664), 0.2: (1658, 77, 1528, 619), 0.5: (None, 75, None, 443), 1.0: (None, 70, None, 380)}
+CNN2 = {(1, 'inf'): (626, 483), (5, 'inf'): (179, 1000), (1, 50): (65, 600), (20, 'inf'): (234, 672), (1, 10): (34, 350), (5, 50): (29, 334),
+        (20, 50): (32, 426), (5, 10): (20, 229), (20, 10): (18, 173)}
+NN4 = {(1, 'inf'): (1468, 1817), (10, 'inf'): (156, 1100), (1, 50): (144, 1183), (20, 'inf'): (92, 957), (1, 10): (92, 831), (10, 50): (45, 881),
+       (20, 50): (39, 835), (10, 10): (34, 497), (20, 10): (32, 738)}
+
+def cells():
+    """{(table, cell): (flags, the paper's rounds or None)}, every cell of the three tables."""
+    found = {}
+    for model, E, target, of in (('2nn', 1, 0.97, NN1), ('paper_cnn', 5, 0.99, CNN1)):
+        for C, rounds in of.items():
+            for (iid, B), paper in zip(((1, 'inf'), (1, 10), (0, 'inf'), (0, 10)), rounds):
+                found[1, f'{model},C={C},B={B},iid={iid}'] = flags(model, C, E, B, iid, target), paper
+    for table, model, target, of in ((2, 'paper_cnn', 0.99, CNN2), (4, '2nn', 0.97, NN4)):
+        for (E, B), rounds in of.items():
+            for iid, paper in zip((1, 0), rounds): found[table, f'E={E},B={B},iid={iid}'] = flags(model, 0.1, E, B, iid, target), paper
+    return found
+
+def flags(model, C, E, B, iid, target):
+    return f'--model {model} --frac {C} --local_ep {E} --local_bs {B} --iid {iid} --target {target}'
+
+def cost(words):
+    """A guess at the milliseconds of a round: the local steps of m clients, which cost more the larger B is, and the evaluation."""
+    model, C, E, B, *_ = words.split()[1::2]
+    B, m = min(float(B), 600), max(round(float(C) * 100), 1)
+    return m * float(E) * 600 / B * ((0.3 + 0.005 * B) if model == '2nn' else (7 + 0.5 * B)) + (100 if model == '2nn' else 3000)
+
+def run(words, lr, seed, rounds, data_dir):
+    """(rounds to the target or '', seconds): one run of the program, at most so many rounds."""
+    import fedavg
+    import torch
+    torch._dynamo.reset()       # or --compile gives up after some runs in one process
+    began = time.time()
+    argv = f'{words} --lr {lr} --seed {seed} --epochs {rounds}'.split() + ['--data_dir', data_dir]
+    try: history = fedavg.main(argv)
+    except SystemExit as e:         # 1: it diverged
+        if e.code != 1: raise
+        history = []
+    target = float(words.split()[-1])
+    reached = fedavg.rounds_to(target, [row['test_acc'] for row in history])
+    return f'{reached:.1f}' if reached else '', f'{time.time() - began:.0f}'
+
+def read(name):
+    path = HERE / name
+    if not path.exists(): return []
+    with open(path) as f: return list(csv.DictReader(f))
+
+def write(name, row):
+    with open(HERE / name, 'a', newline='') as f:
+        writer = csv.DictWriter(f, ROWS, lineterminator='\n')
+        if not f.tell(): writer.writeheader()
+        writer.writerow(dict(zip(ROWS, row)))
+
+def machine():
+    import torch
+    if torch.cuda.is_available(): return torch.cuda.get_device_name()
+    with open('/proc/cpuinfo') as f: name = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), platform.processor())
+    return f'{name}, {torch.get_num_threads()} threads'
+
+def tried(table, cell):
+    """{lr: rounds, inf for a miss} of the cell's grid so far."""
+    return {float(r['lr']): float(r['rounds'] or 'inf') for r in read('eta.csv') if (r['table'], r['cell']) == (str(table), cell)}
+
+def search(table, cell, words, paper, data_dir, start):
+    """Goes from `start` along the grid in both directions, as long as the rounds become fewer."""
+    at, done = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / start))), tried(table, cell)
+    def rounds(i):
+        if GRID[i] not in done:
+            most = min([math.ceil(1.5 * (paper or 1000)), *(math.ceil(v) for v in done.values() if v < math.inf)])     # worse than the best is enough
+            got, seconds = run(words, GRID[i], SEED, most, data_dir)
+            write('eta.csv', (table, cell, words, GRID[i], SEED, got, seconds, machine(), paper))
+            done[GRID[i]] = float(got or 'inf')
+        return done[GRID[i]]
+    best = at
+    rounds(at)
+    for step in (1, -1):
+        i = at + step
+        while 0 <= i < len(GRID) and rounds(i) < rounds(best): best, i = i, i + step
+        if step == 1 and best != at: break
+
+def table_of(name='reproduce.csv'):
+    """The cells as Markdown: the paper's rounds, ours (mean and range over the seeds), eta."""
+    ran = read(name)
+    print('| table, cell | paper | here: mean (range; seeds) | eta | seconds a run |\n|---|---|---|---|---|')
+    for (table, cell), (words, paper) in cells().items():
+        rows = [r for r in ran if (r['table'], r['cell']) == (str(table), cell)]
+        reached = [float(r['rounds']) for r in rows if r['rounds']]
+        said = 'not run' if not rows else f'{len(rows) - len(reached)} of {len(rows)} missed' if len(reached) < len(rows) else (
+            f'{statistics.mean(reached):.1f} ({min(reached):.1f} to {max(reached):.1f}; {len(rows)})')
+        seconds = f'{statistics.mean(float(r["seconds"]) for r in rows):.0f}' if rows else ''
+        print(f'| {table}, {cell} | {paper or "-"} | {said} | {rows[0]["lr"] if rows else ""} | {seconds} |')
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data_dir', default='./data')
+    parser.add_argument('--table', type=int, choices=(1, 2, 4))
+    parser.add_argument('--cell', help='as E=10,B=inf,iid=0: those that have all of these parts')
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--grid', action='store_true', help='look for eta')
+    parser.add_argument('--start', type=float, default=0.1, help='the eta that the grid is walked from')
+    parser.add_argument('--more', default='', help='flags for every run, as "--compile 1"; nothing that a result depends on')
+    parser.add_argument('--show', action='store_true')
+    args = parser.parse_args()
+    if args.show: return table_of()
+    parts, data_dir = set((args.cell or '').split(',')) - {''}, os.path.abspath(args.data_dir)
+    chosen = {key: v for key, v in cells().items() if args.table in (None, key[0]) and parts <= set(key[1].split(','))}
+    if not chosen: sys.exit(f'--cell {args.cell}: no such cell; the parts are those of ' + '; '.join(cell for table, cell in cells() if table == (args.table or 4)))
+    done = {(r['table'], r['cell'], r['seed']) for r in read('reproduce.csv')}
+    todo = sorted(chosen, key=lambda key: cost(chosen[key][0]) * (chosen[key][1] or 1000))
+    left = {key: 1 if args.grid else sum((str(key[0]), key[1], str(seed)) not in done for seed in range(args.seeds)) for key in todo}
+    speed = []          # seconds for each unit of cost, as measured
+    for table, cell in todo:
+        words, paper = chosen[table, cell]
+        work = lambda key: cost(chosen[key][0]) * (chosen[key][1] or 1000)
+        if args.grid:
+            search(table, cell, f'{args.more} {words}'.strip(), paper, data_dir, args.start)
+            continue
+        etas = tried(table, cell)
+        if not etas or min(etas.values()) == math.inf:
+            print(f'{table}, {cell}: no eta yet; run with --grid first', file=sys.stderr)
+            continue
+        for seed in range(args.seeds):
+            if (str(table), cell, str(seed)) in done: continue
+            lr = min(etas, key=etas.get)
+            got, seconds = run(f'{args.more} {words}'.strip(), lr, seed, math.ceil(1.5 * (paper or 1000)), data_dir)
+            write('reproduce.csv', (table, cell, words, lr, seed, got, seconds, machine(), paper))
+            left[table, cell] -= 1
+            speed.append(float(seconds) / work((table, cell)))
+            hours = statistics.median(speed) * sum(n * work(key) for key, n in left.items()) / 3600
+            print(f'--- {table}, {cell}, seed {seed}: {got or "missed"} (the paper: {paper}); about {hours:.1f} hours left', file=sys.stderr, flush=True)
+
+if __name__ == '__main__':
+    main()
