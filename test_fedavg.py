@@ -715,10 +715,13 @@ def test_silos_send_bytes_and_go_on_with_what_they_kept(tmp_path):
     def started(name, epochs):
         words = f'--silo 1 --frac 0.5 {SMALLER} --checkpoint {tmp_path}/{name} --log {tmp_path}/{name}.csv --resume --epochs {epochs}'
         return torchrun(words, f'{tmp_path}/silo{{rank}}')
-    for runs in ([started('full', 4), started('part', 2)], [started('part', 4)]):
+    def ended(*runs):
         for silos in runs:
             out, err = silos.communicate(timeout=100)
             assert silos.returncode == 0 and 'is lost' not in err, err
+        return out
+    ended(started('full', 4), started('part', 2))
+    assert 'after round 2; --epochs is 4' in ended(started('part', 4))
     full, part = (torch.load(tmp_path / name, weights_only=True) for name in ('full', 'part'))
     assert same(full['w'], part['w']) and list(full['wire']['kept'][4]) == [0]
     other = torch.load(tmp_path / 'full.1', weights_only=True)
