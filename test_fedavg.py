@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -20,6 +21,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 import weakref
@@ -388,11 +390,46 @@ def test_a_machine_without_a_compiler_gets_one_line(refused, monkeypatch):
 #         More than one process             #
 #############################################
 
-def torchrun(words, data, processes=2, **more):
+AMONG = '--num_users 10 --frac 0.8 --local_ep 1 --epochs 3 --gpu -1'       # that several processes share
+
+def torchrun(words, data, processes=2, flags='--standalone'):
     """The program under torchrun, on small digits and 10 clients."""
-    small = f'--data_dir {data} --num_users 10 --frac 0.8 --local_ep 1 --epochs 3 --gpu -1 {words}'
-    command = f'-m torch.distributed.run --nproc_per_node={processes} {more.pop("flags", "--standalone")} -- {HERE}/fedavg.py {small}'
-    return subprocess.Popen([sys.executable, *command.split()], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+    command = f'-m torch.distributed.run --nproc_per_node={processes} {flags} -- {HERE}/fedavg.py {AMONG} --data_dir {data} {words}'
+    return subprocess.Popen([sys.executable, *command.split()], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+class Ranks:
+    """torchrun's equal without its start-up: the ranks are forked from a process that has imported torch."""
+    def __init__(self, words, data, processes=2):
+        words = f'{AMONG} --data_dir {data} {words}'
+        server = multiprocessing.get_context('forkserver')
+        server.set_forkserver_preload(['fedavg'])
+        self.said, port = [pathlib.Path(tempfile.mkstemp()[1]) for _ in range(2)], free_port()
+        self.ranks = [server.Process(target=one_rank, args=(words.split(), rank, processes, port, self.said)) for rank in range(processes)]
+        for process in self.ranks: process.start()
+
+    def communicate(self, timeout):
+        for process in self.ranks: process.join(timeout)
+        self.returncode = next((process.exitcode for process in self.ranks if process.exitcode != 0), 0)
+        for process in self.ranks: process.kill()
+        texts = [path.read_text() for path in self.said]
+        for path in self.said: path.unlink()
+        return texts
+
+def one_rank(words, rank, processes, port, said):
+    """fedavg.main(words) as torchrun would start it, its output appended to the two files in said."""
+    for stream, path in zip((1, 2), said): os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
+    os.environ |= elastic(rank, processes, port)
+    torch.set_num_threads(1)
+    fedavg.main(words)
+
+def elastic(rank, processes, port):
+    """The environment in which torchrun starts a process."""
+    return dict(TORCHELASTIC_RUN_ID='by hand', WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
 
 def test_shares_are_balanced_by_work():
     assert fedavg.shares([3, 5, 8], {3: 10, 5: 6, 8: 5}, 2) == [[3], [5, 8]]
@@ -408,7 +445,7 @@ def test_shares_are_balanced_by_work():
 
 def test_silos_have_layers_of_their_own_and_the_last_average(tmp_path):
     for rank in (0, 1): write_mnist(tmp_path / f'silo{rank}', train=60, test=30)
-    silos = torchrun(f'--silo 1 --frac 1 --epochs 2 --personal layers --personal_layers fc2 --checkpoint {tmp_path}/c.pt', f'{tmp_path}/silo{{rank}}')
+    silos = Ranks(f'--silo 1 --frac 1 --epochs 2 --personal layers --personal_layers fc2 --checkpoint {tmp_path}/c.pt', f'{tmp_path}/silo{{rank}}')
     out, err = silos.communicate(timeout=100)
     assert silos.returncode == 0, err
     kept = [torch.load(tmp_path / name, weights_only=True)['wire']['kept'][2] for name in ('c.pt', 'c.pt.1')]
@@ -419,7 +456,7 @@ def test_silos_have_layers_of_their_own_and_the_last_average(tmp_path):
 @pytest.mark.parametrize('words', ['--unequal 1 --widths 1,0.5 --balance 1', '--unequal 1 --all_clients 1 --mu 0.1 --personal layers --personal_layers fc3',
     '--iid 0 --engine loop --model mlp --cut 1 --personal mix --speeds lognormal:1 --deadline 0.8 --corrupt 0.3'])
 def test_two_processes_give_what_one_gives(data, run, tmp_path, capsys, words):
-    two = torchrun(f'{words} --checkpoint {tmp_path}/two --log {tmp_path}/two.csv', data)
+    two = Ranks(f'{words} --checkpoint {tmp_path}/two --log {tmp_path}/two.csv', data)
     out, err = two.communicate(timeout=100)
     assert two.returncode == 0 and out.count('round    3/3') == 1, err
     run(f'{words} --frac 0.8 --checkpoint {tmp_path}/one --log {tmp_path}/one.csv')
@@ -468,12 +505,9 @@ def test_silos_train_on_their_own_files(tmp_path, capsys):
 def test_a_silo_that_dies_is_named(tmp_path):
     assert fedavg.gone(RuntimeError('Rank 1 failed to pass\nand more')) == 'Rank 1 failed to pass'
     for rank in range(2): write_mnist(tmp_path / f'silo{rank}', train=60, test=20)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = dict(os.environ, TORCHELASTIC_RUN_ID='by hand', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    port = free_port()
     words = f'--silo 1 --data_dir {tmp_path}/silo{{rank}} --frac 1 --epochs 1000000 --gpu -1 --log {tmp_path}/l.csv'
-    silos = [shell(words, env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+    silos = [shell(words, env=os.environ | elastic(rank, 2, port)) for rank in range(2)]
     while not ((tmp_path / 'l.csv').exists() and len(read_log(tmp_path / 'l.csv')[1]) > 1) and silos[0].poll() is None: time.sleep(0.05)
     silos[1].kill()
     out, err = silos[0].communicate(timeout=100)
@@ -699,7 +733,7 @@ def test_a_smaller_wire_is_the_same_in_both_engines(run, tmp_path):
 
 def test_two_processes_send_what_one_sends(data, run, tmp_path):
     words = f'{SMALLER} --engine loop --epochs 4'
-    two = torchrun(f'{words} --checkpoint {tmp_path}/two --log {tmp_path}/two.csv', data)
+    two = Ranks(f'{words} --checkpoint {tmp_path}/two --log {tmp_path}/two.csv', data)
     out, err = two.communicate(timeout=100)
     assert two.returncode == 0, err
     history = run(f'{words} --frac 0.8 --checkpoint {tmp_path}/one')
@@ -714,7 +748,7 @@ def test_silos_send_bytes_and_go_on_with_what_they_kept(tmp_path):
     for rank, n in enumerate((60, 30)): write_mnist(tmp_path / f'silo{rank}', train=n, test=30)
     def started(name, epochs):
         words = f'--silo 1 --frac 0.5 {SMALLER} --checkpoint {tmp_path}/{name} --log {tmp_path}/{name}.csv --resume --epochs {epochs}'
-        return torchrun(words, f'{tmp_path}/silo{{rank}}')
+        return Ranks(words, f'{tmp_path}/silo{{rank}}')
     def ended(*runs):
         for silos in runs:
             out, err = silos.communicate(timeout=100)
@@ -992,9 +1026,9 @@ def test_a_nan_client_does_not_end_a_secure_run(run, monkeypatch, capsys):
 
 def test_secure_silos_and_processes_give_what_one_gives(data, run, tmp_path):
     words = '--secagg 1 --drop 0.2 --epochs 3 --engine loop'
-    two = torchrun(f'{words} --checkpoint {tmp_path}/two', data)
+    two = Ranks(f'{words} --checkpoint {tmp_path}/two', data)
     for rank in range(4): write_mnist(tmp_path / f'silo{rank}', train=30, test=20)
-    silos = torchrun(f'{words} --drop 0.1 --epochs 2 --seed 5 --silo 1 --frac 1 --log {tmp_path}/l.csv', f'{tmp_path}/silo{{rank}}', processes=4)
+    silos = Ranks(f'{words} --drop 0.1 --epochs 2 --seed 5 --silo 1 --frac 1 --log {tmp_path}/l.csv', f'{tmp_path}/silo{{rank}}', processes=4)
     run(f'{words} --frac 0.8 --checkpoint {tmp_path}/one')
     for job in (two, silos):
         out, err = job.communicate(timeout=100)

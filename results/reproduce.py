@@ -4,6 +4,7 @@
     python results/reproduce.py --data_dir DIR --table 4 --seeds 3                            # rounds to the target, seeds 0, 1, 2
     python results/reproduce.py --data_dir DIR --table 4 --cell E=10,B=inf,iid=0 --seeds 1
     python results/reproduce.py --show                                                        # what has been run, as Markdown
+    python results/reproduce.py --figure                                                      # results/rounds.png, like the paper's Figure 2
 
 A cell's eta is the one of a grid with resolution 10^(1/3) that took the fewest rounds on seed 7. A run that has not reached the target after
 1.5 times the paper's rounds is a miss. Cells come in the order of what they are expected to cost.
@@ -22,8 +23,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 GRID = [round(10 ** (i / 3), 4) for i in range(-6, 1)]      # 0.01, 0.0215, 0.0464, 0.1, 0.2154, 0.4642, 1
+START = {'10': 0.1, '50': 0.2154, 'inf': 0.4642}            # where the grid is entered: larger batches bear larger steps
 SEED = 7                                                    # of the grid; never one of those reported
 ROWS = ('table', 'cell', 'flags', 'lr', 'seed', 'rounds', 'seconds', 'machine', 'paper')
+CURVE = ('table', 'cell', 'lr', 'accuracies')               # of seed 0, in hundredths of a percent, a number for each round
 
 # Table 1: {C: rounds for IID B=inf, IID B=10, non-IID B=inf, non-IID B=10}; Tables 2 and 4: {(E, B): IID, non-IID}.
 CNN1 = {0.0: (387, 50, 1181, 956), 0.1: (339, 18, 1100, 206), 0.2: (337, 18, 978, 200), 0.5: (164, 18, 1067, 261), 1.0: (246, 16, None, 97)}
@@ -55,7 +58,7 @@ def cost(words):
     return m * float(E) * 600 / B * ((0.3 + 0.005 * B) if model == '2nn' else (7 + 0.5 * B)) + (100 if model == '2nn' else 3000)
 
 def run(words, lr, seed, rounds, data_dir):
-    """(rounds to the target or '', seconds): one run of the program, at most so many rounds."""
+    """(rounds to the target or '', seconds, test accuracies): one run of the program, at most so many rounds."""
     import fedavg
     import torch
     torch._dynamo.reset()       # or --compile gives up after some runs in one process
@@ -66,19 +69,19 @@ def run(words, lr, seed, rounds, data_dir):
         if e.code != 1: raise
         history = []
     target = float(words.split()[-1])
-    reached = fedavg.rounds_to(target, [row['test_acc'] for row in history])
-    return f'{reached:.1f}' if reached else '', f'{time.time() - began:.0f}'
+    accuracies = [row['test_acc'] for row in history]
+    reached = fedavg.rounds_to(target, accuracies)
+    return f'{reached:.1f}' if reached else '', f'{time.time() - began:.0f}', accuracies
 
 def read(name):
     path = HERE / name
     if not path.exists(): return []
     with open(path) as f: return list(csv.DictReader(f))
 
-def write(name, row):
+def write(name, row, columns=ROWS):
     with open(HERE / name, 'a', newline='') as f:
-        writer = csv.DictWriter(f, ROWS, lineterminator='\n')
-        if not f.tell(): writer.writeheader()
-        writer.writerow(dict(zip(ROWS, row)))
+        if not f.tell(): csv.writer(f, lineterminator='\n').writerow(columns)
+        csv.writer(f, lineterminator='\n').writerow(row)
 
 def machine():
     import torch
@@ -90,13 +93,13 @@ def tried(table, cell):
     """{lr: rounds, inf for a miss} of the cell's grid so far."""
     return {float(r['lr']): float(r['rounds'] or 'inf') for r in read('eta.csv') if (r['table'], r['cell']) == (str(table), cell)}
 
-def search(table, cell, words, paper, data_dir, start):
-    """Goes from `start` along the grid in both directions, as long as the rounds become fewer."""
-    at, done = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / start))), tried(table, cell)
+def search(table, cell, words, paper, data_dir):
+    """Goes from START along the grid in both directions, as long as the rounds become fewer."""
+    at, done = GRID.index(START[words.split('--local_bs ')[1].split()[0]]), tried(table, cell)
     def rounds(i):
         if GRID[i] not in done:
             most = min([math.ceil(1.5 * (paper or 1000)), *(math.ceil(v) for v in done.values() if v < math.inf)])     # worse than the best is enough
-            got, seconds = run(words, GRID[i], SEED, most, data_dir)
+            got, seconds, _ = run(words, GRID[i], SEED, most, data_dir)
             write('eta.csv', (table, cell, words, GRID[i], SEED, got, seconds, machine(), paper))
             done[GRID[i]] = float(got or 'inf')
         return done[GRID[i]]
@@ -119,6 +122,22 @@ def table_of(name='reproduce.csv'):
         seconds = f'{statistics.mean(float(r["seconds"]) for r in rows):.0f}' if rows else ''
         print(f'| {table}, {cell} | {paper or "-"} | {said} | {rows[0]["lr"] if rows else ""} | {seconds} |')
 
+def figure(table=4, target=0.97):
+    """Test accuracy against rounds for a table's cells of seed 0, a colour for each B and a dash for each E, into results/rounds.png."""
+    from matplotlib.figure import Figure
+    picture = Figure((10, 4), layout='constrained')
+    colours, dashes = {'10': 'C3', '50': 'C1', 'inf': 'C0'}, {'1': ':', '5': '-.', '10': '--', '20': '-'}
+    for iid, axes in zip((1, 0), picture.subplots(1, 2, sharey=True)):
+        for row in sorted(read('curves.csv'), key=lambda row: [float(v.split('=')[1]) for v in row['cell'].split(',')[-3:]]):
+            E, B, at = (v.split('=')[1] for v in row['cell'].split(',')[-3:])
+            if (row['table'], at) != (str(table), str(iid)): continue
+            y = [int(v) / 100 for v in row['accuracies'].split()]
+            axes.plot(range(1, len(y) + 1), y, colours[B] + dashes[E], linewidth=1, label=f'B = {B.replace("inf", "∞")}, E = {E}')
+        axes.axhline(100 * target, color='gray', linewidth=0.5)
+        axes.set(title='IID' if iid else 'non-IID', xlabel='rounds', ylabel='test accuracy, %' if iid else '', xscale='log', ylim=(80, 98))
+        axes.legend(fontsize='small')
+    picture.savefig(HERE / 'rounds.png', dpi=100)
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data_dir', default='./data')
@@ -126,11 +145,12 @@ def main():
     parser.add_argument('--cell', help='as E=10,B=inf,iid=0: those that have all of these parts')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--grid', action='store_true', help='look for eta')
-    parser.add_argument('--start', type=float, default=0.1, help='the eta that the grid is walked from')
     parser.add_argument('--more', default='', help='flags for every run, as "--compile 1"; nothing that a result depends on')
-    parser.add_argument('--show', action='store_true')
+    parser.add_argument('--show', action='store_true', help='the table of what has been run')
+    parser.add_argument('--figure', action='store_true', help='Table 4\'s curves, which needs matplotlib')
     args = parser.parse_args()
     if args.show: return table_of()
+    if args.figure: return figure()
     parts, data_dir = set((args.cell or '').split(',')) - {''}, os.path.abspath(args.data_dir)
     chosen = {key: v for key, v in cells().items() if args.table in (None, key[0]) and parts <= set(key[1].split(','))}
     if not chosen: sys.exit(f'--cell {args.cell}: no such cell; the parts are those of ' + '; '.join(cell for table, cell in cells() if table == (args.table or 4)))
@@ -142,7 +162,7 @@ def main():
         words, paper = chosen[table, cell]
         work = lambda key: cost(chosen[key][0]) * (chosen[key][1] or 1000)
         if args.grid:
-            search(table, cell, f'{args.more} {words}'.strip(), paper, data_dir, args.start)
+            search(table, cell, f'{args.more} {words}'.strip(), paper, data_dir)
             continue
         etas = tried(table, cell)
         if not etas or min(etas.values()) == math.inf:
@@ -151,7 +171,8 @@ def main():
         for seed in range(args.seeds):
             if (str(table), cell, str(seed)) in done: continue
             lr = min(etas, key=etas.get)
-            got, seconds = run(f'{args.more} {words}'.strip(), lr, seed, math.ceil(1.5 * (paper or 1000)), data_dir)
+            got, seconds, accuracies = run(f'{args.more} {words}'.strip(), lr, seed, math.ceil(1.5 * (paper or 1000)), data_dir)
+            if seed == 0: write('curves.csv', (table, cell, lr, ' '.join(f'{10000 * v:.0f}' for v in accuracies)), CURVE)
             write('reproduce.csv', (table, cell, words, lr, seed, got, seconds, machine(), paper))
             left[table, cell] -= 1
             speed.append(float(seconds) / work((table, cell)))

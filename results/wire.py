@@ -1,6 +1,7 @@
 """Rounds and uploaded megabytes to 97 % under each setting of the wire, into results/wire.csv; goes on where it was stopped.
 
     python results/wire.py --data_dir DIR [--seeds 0 1 2] [--iid 1 0] [--only "--quantize 8"] [--show]
+    python results/wire.py --data_dir DIR --figure          # accuracy against uploaded MB, results/megabytes.png; runs what it lacks of seed 0
 
 The 2NN on MNIST, C = 0.1, E = 5, B = 10. The learning rate is one for each partition, the best for fp32 of a grid on seed 7.
 """
@@ -12,26 +13,37 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 SETTINGS = ['', '--quantize 8', '--quantize 4', '--quantize 2', '--quantize 1', '--topk 0.1', '--topk 0.1 --error_feedback 0', '--topk 0.01',
             '--topk 0.01 --error_feedback 0', '--topk 0.01 --quantize 4', '--topk 0.01 --quantize 4 --error_feedback 0',
             '--prune 0.5 --prune_end 10', '--prune 0.9 --prune_end 10', '--prune 0.95 --prune_end 10 --topk 0.1 --quantize 4']
+DRAWN = ['', '--quantize 8', '--quantize 4', '--topk 0.1', '--topk 0.01', '--topk 0.01 --quantize 4', '--prune 0.9 --prune_end 10']
 LR, ROUNDS, TARGET = {1: 0.1, 0: 0.1}, {1: 100, 0: 300}, 0.97
 
 def measure(words, data_dir, iid, seed):
-    """One run's row: rounds and MB to the target as the program reports them, '' for a miss, and the seconds it took."""
+    """One run's row: rounds and MB to the target as the program reports them, '' for a miss, and the seconds it took; and its log's rows."""
     flags = f'--compile 1 --iid {iid} --local_ep 5 --lr {LR[iid]} --target {TARGET} --epochs {ROUNDS[iid]} --seed {seed} {words}'
-    out = subprocess.run([sys.executable, str(HERE.parent / 'fedavg.py'), '--data_dir', data_dir, '--gpu', '-1', *flags.split()],
-                         capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE.parent / 'fedavg.py'), '--data_dir', data_dir, '--gpu', '-1', '--log', f'{folder}/log', *flags.split()]
+        out = subprocess.run(command, capture_output=True, text=True)
+        log = read(f'{folder}/log', 1) if os.path.exists(f'{folder}/log') else []
     lines = out.stdout.splitlines()
     if not lines or not lines[-1].startswith('rounds to'): sys.exit(f'{flags} failed:\n{out.stdout[-500:]}{out.stderr[-2000:]}')
     missed, last = 'not reached' in lines[-1], lines[-1].replace(',', '').split()
     seconds = next(line for line in lines if ' rounds in ' in line).split()[3]
-    return dict(setting=words, iid=iid, seed=seed, rounds='' if missed else last[4], megabytes='' if missed else last[6], seconds=seconds)
+    return dict(setting=words, iid=iid, seed=seed, rounds='' if missed else last[4], megabytes='' if missed else last[6], seconds=seconds), log
 
-def read(path):
-    with open(path) as f: return list(csv.DictReader(f))
+def read(path, skip=0):
+    if not os.path.exists(path): return []
+    with open(path) as f: return list(csv.DictReader(f.readlines()[skip:]))
+
+def write(path, row):
+    with open(path, 'a', newline='') as f:
+        writer = csv.DictWriter(f, list(row), lineterminator='\n')
+        if not f.tell(): writer.writeheader()
+        writer.writerow(row)
 
 def table(path):
     """Mean rounds and MB of each setting, and how many times less than fp32's, as Markdown."""
@@ -51,6 +63,26 @@ def table(path):
             line += [rounds, f'{megabytes:.2f}' if megabytes else '', f'{fp32 / megabytes:.1f}' if megabytes and fp32 else '']
         print('| ' + ' | '.join(line) + ' |')
 
+def figure(path, data_dir, partitions):
+    """Test accuracy against uploaded megabytes for the settings DRAWN, seed 0, beside path's table."""
+    from matplotlib.figure import Figure
+    curves = path.with_name('wire_curves.csv')
+    for iid, words in itertools.product(partitions, DRAWN):
+        if (words, str(iid)) in {(r['setting'], r['iid']) for r in read(curves)}: continue
+        log = measure(words, data_dir, iid, 0)[1]
+        write(curves, dict(setting=words, iid=iid, up_bytes=' '.join(r['up_bytes'] for r in log),
+                           accuracies=' '.join(f'{10000 * float(r["test_acc"]):.0f}' for r in log)))
+    picture = Figure((10, 4), layout='constrained')
+    for iid, axes in zip((1, 0), picture.subplots(1, 2, sharey=True)):
+        for row in read(curves):
+            if row['iid'] != str(iid): continue
+            sent, y = ([int(v) for v in row[name].split()] for name in ('up_bytes', 'accuracies'))
+            axes.plot([v / 1e6 for v in itertools.accumulate(sent)], [v / 100 for v in y], linewidth=1, label=row['setting'] or 'fp32')
+        axes.axhline(100 * TARGET, color='gray', linewidth=0.5)
+        axes.set(title='IID' if iid else 'non-IID', xlabel='uploaded MB', ylabel='test accuracy, %' if iid else '', xscale='log', ylim=(80, 98))
+        axes.legend(fontsize='small')
+    picture.savefig(path.with_name('megabytes.png'), dpi=100)
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data_dir', default='./data')
@@ -58,17 +90,16 @@ def main():
     parser.add_argument('--iid', nargs='*', type=int, default=[1, 0])
     parser.add_argument('--only', nargs='*', default=SETTINGS)
     parser.add_argument('--show', action='store_true', help='the table of what has been run')
+    parser.add_argument('--figure', action='store_true', help='needs matplotlib')
     args = parser.parse_args()
     path = HERE / 'wire.csv'
     if args.show: return table(path)
-    done = {(r['setting'], r['iid'], r['seed']) for r in read(path)} if path.exists() else ()
+    if args.figure: return figure(path, os.path.abspath(args.data_dir), args.iid)
+    done = {(r['setting'], r['iid'], r['seed']) for r in read(path)}
     for iid, words, seed in itertools.product(args.iid, args.only, args.seeds):
         if (words, str(iid), str(seed)) in done: continue
-        row = measure(words, os.path.abspath(args.data_dir), iid, seed)
-        with open(path, 'a', newline='') as f:
-            writer = csv.DictWriter(f, list(row), lineterminator='\n')
-            if not f.tell(): writer.writeheader()
-            writer.writerow(row)
+        row, _ = measure(words, os.path.abspath(args.data_dir), iid, seed)
+        write(path, row)
         print(row, flush=True)
 
 if __name__ == '__main__':
