@@ -110,17 +110,29 @@ def search(table, cell, words, paper, data_dir):
         while 0 <= i < len(GRID) and rounds(i) < rounds(best): best, i = i, i + step
         if step == 1 and best != at: break
 
-def table_of(name='reproduce.csv'):
-    """The cells as Markdown: the paper's rounds, ours (mean and range over the seeds), eta."""
-    ran = read(name)
-    print('| table, cell | paper | here: mean (range; seeds) | eta | seconds a run |\n|---|---|---|---|---|')
-    for (table, cell), (words, paper) in cells().items():
-        rows = [r for r in ran if (r['table'], r['cell']) == (str(table), cell)]
-        reached = [float(r['rounds']) for r in rows if r['rounds']]
-        said = 'not run' if not rows else f'{len(rows) - len(reached)} of {len(rows)} missed' if len(reached) < len(rows) else (
-            f'{statistics.mean(reached):.1f} ({min(reached):.1f} to {max(reached):.1f}; {len(rows)})')
-        seconds = f'{statistics.mean(float(r["seconds"]) for r in rows):.0f}' if rows else ''
-        print(f'| {table}, {cell} | {paper or "-"} | {said} | {rows[0]["lr"] if rows else ""} | {seconds} |')
+def shown(rows):
+    """A cell's rounds: the mean over the seeds that ran, and their range; its eta."""
+    reached = [float(r['rounds']) for r in rows if r['rounds']]
+    if not rows: return 'not run'
+    if len(reached) < len(rows): said = f'{len(rows) - len(reached)} of {len(rows)} missed'
+    else: said = f'**{statistics.mean(reached):.1f}**' + (f' ({min(reached):.1f} to {max(reached):.1f})' if len(rows) > 1 else '')
+    return f'{said}, η {float(rows[0]["lr"]):.2g}'
+
+def tables():
+    """What has been run, as Markdown: a table for each of the paper's and each net, the paper's rounds beside ours."""
+    ran, found = read('reproduce.csv'), cells()
+    columns = lambda table: [dict(B=B, iid=iid) for iid in (1, 0) for B in ('inf', 10)] if table == 1 else [dict(iid=1), dict(iid=0)]
+    for table, model in ((1, '2nn'), (1, 'paper_cnn'), (2, ''), (4, '')):
+        names = [cell for t, cell in found if t == table and cell.startswith(model)]
+        groups = list(dict.fromkeys(name.rsplit(',', 2 if table == 1 else 1)[0] for name in names))
+        heads = [('IID' if at['iid'] else 'non-IID') + (f', B={at["B"]}'.replace('inf', '∞') if 'B' in at else '') for at in columns(table)]
+        print(f'\n| Table {table} | ' + ' | '.join(f'{head}: paper | here' for head in heads) + ' |\n|' + '---|' * (1 + 2 * len(heads)))
+        for group in groups:
+            line = [group.replace(',', ', ')]
+            for at in columns(table):
+                cell = ','.join([group, *(f'{name}={v}' for name, v in at.items())])
+                line += [str(found[table, cell][1] or '-'), shown([r for r in ran if (r['table'], r['cell']) == (str(table), cell)])]
+            print('| ' + ' | '.join(line).replace('inf', '∞') + ' |')
 
 def figure(table=4, target=0.97):
     """Test accuracy against rounds for a table's cells of seed 0, a colour for each B and a dash for each E, into results/rounds.png."""
@@ -149,7 +161,7 @@ def main():
     parser.add_argument('--show', action='store_true', help='the table of what has been run')
     parser.add_argument('--figure', action='store_true', help='Table 4\'s curves, which needs matplotlib')
     args = parser.parse_args()
-    if args.show: return table_of()
+    if args.show: return tables()
     if args.figure: return figure()
     parts, data_dir = set((args.cell or '').split(',')) - {''}, os.path.abspath(args.data_dir)
     chosen = {key: v for key, v in cells().items() if args.table in (None, key[0]) and parts <= set(key[1].split(','))}
