@@ -1,13 +1,12 @@
 """The cells of Tables 1, 2 and 4 of McMahan et al. 2017, one run of fedavg.py each, into results/reproduce.csv; goes on where it was stopped.
 
-    python results/reproduce.py --data_dir DIR --table 4 --grid                               # eta for each cell, on seed 7, into results/eta.csv
-    python results/reproduce.py --data_dir DIR --table 4 --seeds 3                            # rounds to the target, seeds 0, 1, 2
+    python results/reproduce.py --data_dir DIR --table 4                                      # every cell of it, the cheapest first
     python results/reproduce.py --data_dir DIR --table 4 --cell E=10,B=inf,iid=0 --seeds 1
     python results/reproduce.py --show                                                        # what has been run, as Markdown
     python results/reproduce.py --figure                                                      # results/rounds.png, like the paper's Figure 2
 
-A cell's eta is the one of a grid with resolution 10^(1/3) that took the fewest rounds on seed 7. A run that has not reached the target after
-1.5 times the paper's rounds is a miss. Cells come in the order of what they are expected to cost.
+A cell's eta is the one of a grid with resolution 10^(1/3) that took the fewest rounds on seed 7, in results/eta.csv; where that has none
+it is looked for first. A run that has not reached the target after 1.5 times the paper's rounds is a miss.
 """
 import argparse
 import csv
@@ -94,7 +93,7 @@ def tried(table, cell):
     return {float(r['lr']): float(r['rounds'] or 'inf') for r in read('eta.csv') if (r['table'], r['cell']) == (str(table), cell)}
 
 def search(table, cell, words, paper, data_dir):
-    """Goes from START along the grid in both directions, as long as the rounds become fewer."""
+    """The best eta: goes from START along the grid in both directions, as long as the rounds become fewer. None: no eta gets there."""
     at, done = GRID.index(START[words.split('--local_bs ')[1].split()[0]]), tried(table, cell)
     def rounds(i):
         if GRID[i] not in done:
@@ -107,8 +106,9 @@ def search(table, cell, words, paper, data_dir):
     rounds(at)
     for step in (1, -1):
         i = at + step
-        while 0 <= i < len(GRID) and rounds(i) < rounds(best): best, i = i, i + step
+        while 0 <= i < len(GRID) and (rounds(i) < rounds(best) or step < 0 and rounds(i) == rounds(best) == math.inf): best, i = i, i + step
         if step == 1 and best != at: break
+    return GRID[best] if rounds(best) < math.inf else None
 
 def shown(rows):
     """A cell's rounds: the mean over the seeds that ran, and their range; its eta."""
@@ -116,7 +116,7 @@ def shown(rows):
     if not rows: return 'not run'
     if len(reached) < len(rows): said = f'{len(rows) - len(reached)} of {len(rows)} missed'
     else: said = f'**{statistics.mean(reached):.1f}**' + (f' ({min(reached):.1f} to {max(reached):.1f})' if len(rows) > 1 else '')
-    return f'{said}, η {float(rows[0]["lr"]):.2g}'
+    return f'{said}, η {float(rows[0]["lr"]):.2g}' if rows[0]['lr'] else said
 
 def tables():
     """What has been run, as Markdown: a table for each of the paper's and each net, the paper's rounds beside ours."""
@@ -155,8 +155,7 @@ def main():
     parser.add_argument('--data_dir', default='./data')
     parser.add_argument('--table', type=int, choices=(1, 2, 4))
     parser.add_argument('--cell', help='as E=10,B=inf,iid=0: those that have all of these parts')
-    parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--grid', action='store_true', help='look for eta')
+    parser.add_argument('--seeds', type=int, help='how many; 3 if not given, but for C=0 and B=inf 1')
     parser.add_argument('--more', default='', help='flags for every run, as "--compile 1"; nothing that a result depends on')
     parser.add_argument('--show', action='store_true', help='the table of what has been run')
     parser.add_argument('--figure', action='store_true', help='Table 4\'s curves, which needs matplotlib')
@@ -167,29 +166,24 @@ def main():
     chosen = {key: v for key, v in cells().items() if args.table in (None, key[0]) and parts <= set(key[1].split(','))}
     if not chosen: sys.exit(f'--cell {args.cell}: no such cell; the parts are those of ' + '; '.join(cell for table, cell in cells() if table == (args.table or 4)))
     done = {(r['table'], r['cell'], r['seed']) for r in read('reproduce.csv')}
-    todo = sorted(chosen, key=lambda key: cost(chosen[key][0]) * (chosen[key][1] or 1000))
-    left = {key: 1 if args.grid else sum((str(key[0]), key[1], str(seed)) not in done for seed in range(args.seeds)) for key in todo}
-    speed = []          # seconds for each unit of cost, as measured
-    for table, cell in todo:
+    work = lambda key: cost(chosen[key][0]) * (chosen[key][1] or 1000)
+    todo = {key: [seed for seed in range(args.seeds or (1 if 'C=0.0' in key[1] or 'B=inf' in key[1] else 3)) if (str(key[0]), key[1], str(seed)) not in done]
+            for key in sorted(chosen, key=work)}
+    left, speed = sum(work(key) * (len(seeds) + 4 * (not tried(*key))) for key, seeds in todo.items()), []       # 4 runs look for eta
+    for (table, cell), seeds in todo.items():
         words, paper = chosen[table, cell]
-        work = lambda key: cost(chosen[key][0]) * (chosen[key][1] or 1000)
-        if args.grid:
-            search(table, cell, f'{args.more} {words}'.strip(), paper, data_dir)
-            continue
-        etas = tried(table, cell)
-        if not etas or min(etas.values()) == math.inf:
-            print(f'{table}, {cell}: no eta yet; run with --grid first', file=sys.stderr)
-            continue
-        for seed in range(args.seeds):
-            if (str(table), cell, str(seed)) in done: continue
-            lr = min(etas, key=etas.get)
-            got, seconds, accuracies = run(f'{args.more} {words}'.strip(), lr, seed, math.ceil(1.5 * (paper or 1000)), data_dir)
+        more, began = f'{args.more} {words}'.strip(), time.time()
+        runs = len(seeds) + 4 * (not tried(table, cell))
+        lr = search(table, cell, more, paper, data_dir) if seeds else None
+        for seed in seeds:
+            got, seconds, accuracies = run(more, lr, seed, math.ceil(1.5 * (paper or 1000)), data_dir) if lr else ('', 0, [])
+            write('reproduce.csv', (table, cell, words, lr or '', seed, got, seconds, machine(), paper))
             if seed == 0: write('curves.csv', (table, cell, lr, ' '.join(f'{10000 * v:.0f}' for v in accuracies)), CURVE)
-            write('reproduce.csv', (table, cell, words, lr, seed, got, seconds, machine(), paper))
-            left[table, cell] -= 1
-            speed.append(float(seconds) / work((table, cell)))
-            hours = statistics.median(speed) * sum(n * work(key) for key, n in left.items()) / 3600
-            print(f'--- {table}, {cell}, seed {seed}: {got or "missed"} (the paper: {paper}); about {hours:.1f} hours left', file=sys.stderr, flush=True)
+            print(f'--- {table}, {cell}, eta {lr}, seed {seed}: {got or "missed"} (the paper: {paper})', file=sys.stderr)
+        if seeds:
+            left -= runs * work((table, cell))
+            speed.append((time.time() - began) / (runs * work((table, cell))))
+            print(f'--- about {statistics.median(speed) * left / 3600:.1f} hours left', file=sys.stderr, flush=True)
 
 if __name__ == '__main__':
     main()
