@@ -11,7 +11,7 @@
     Mironov et al. 2019 (arXiv 1908.10530), Canonne et al. 2020 (arXiv 2004.00010): what it costs
     Bonawitz et al. 2017 (ACM CCS, "Practical Secure Aggregation"): a sum whose terms the server does not see
 
-This file knows no net and no client. It needs numpy and torch. The privacy of noise is that of a model on paper: NumPy's generator
+This file knows no net and no data set. It needs numpy and torch. The privacy of noise is that of a model on paper: NumPy's generator
 is not a cryptographic one. Secure aggregation is written to be read, and has not been audited: its server is honest but curious,
 there are no signatures, so a server that lies about who is there, or who has gone, is not found out.
 """

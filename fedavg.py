@@ -248,7 +248,7 @@ class Stacked:
             n = steps(len(parts[k]), epochs, self.args.local_bs)
             plans.append((index[:n], weight[:n]))
         index, weight = (self.pad(pad_sequence(v)).to(self.args.device) for v in zip(*plans))   # (steps, m, B) each
-        total, seen = torch.zeros(index.shape[1], device=self.args.device), (weight > 0).sum((0, 2)).tolist()      # (m,)
+        total, seen = torch.zeros(index.shape[1], device=self.args.device), [int((v > 0).sum()) for _, v in plans]      # (m,) each
         self.stack(net, index.shape[1], self.args.lr * self.args.lr_decay ** (t - 1))
         for i, k in enumerate(S_t):
             for name, v in zip(self.names, self.w):
@@ -440,7 +440,8 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
     client does not hold; what nobody holds is the first's. Floating point tensors, buffers too, are averaged (summed in
     float64); others are the first's (of this process). The result shares no memory with what went in; None if nothing did, or
     n_k of 0 only.
-    all_sum: adds a list of tensors up over all processes, in place; each of them then has the mean over the clients of all.
+    all_sum: adds a list of tensors up over all processes, in place; each of them then has the mean over the clients of all. Each has
+    to put in at least one term, (w, 0) if no other.
     Raises ValueError if state_dicts differ in their keys or shapes, or if n is of another length.
     """
     pairs = zip(w, n, strict=True) if n is not None else (u if isinstance(u, tuple) else (u, 1) for u in w)
@@ -614,9 +615,8 @@ def spent(args, n_k, asked, t, noise):
     if args.dp == 'user': return epsilon(args.frac, noise, t, args.delta or 1 / max(len(n_k), 2))
     took = np.bincount([k for s in range(1, t + 1) for k in asked(s)], minlength=len(n_k))
     most = {n: took[n_k == n].max() for n in set(n_k.tolist())}
-    B = {n: min(args.local_bs, n) for n in most}
-    steps = {n: rounds * args.local_ep * math.ceil(n / B[n]) for n, rounds in most.items()}
-    return max(epsilon(B[n] / n, noise, steps[n], args.delta or 1 / max(n, 2)) for n in most)
+    E, B = args.local_ep, args.local_bs
+    return max(epsilon(min(B, n) / n, noise, int(rounds) * steps(n, E, B), args.delta or 1 / max(n, 2)) for n, rounds in most.items())
 
 #############################################
 #      The wire: down and up, in bytes      #
@@ -677,7 +677,7 @@ class Wire:
     def downlink(self, w, s, S_t, tally):
         """(w, mask) as S_t receive them: w in fp32 without the fraction s that is pruned (None: nothing ever), and the mask, {name:
         bool tensor} or None, sent to those that do not hold it. tally: what this round counts, from here on."""
-        self.tally = tally
+        self.tally, self.new = tally, {}
         if self.remote: return self.received(w, S_t)
         v, left = flat(w), self.left if s is None else unpruned(w, s)
         holders = self.holders if torch.equal(left, self.left) else set()
@@ -708,7 +708,7 @@ class Wire:
 
     def indexed(self, left):
         """Where flat(w) is left by pruning and crosses: what this round's vectors are indexed with, for each of held."""
-        self.index, self.new = [slice(None) if (left & held).all() else (left & held).nonzero().flatten() for held in self.held], {}
+        self.index = [slice(None) if (left & held).all() else (left & held).nonzero().flatten() for held in self.held]
 
     def at(self, k):
         """The values of flat(w) that go to and come from client k."""
@@ -719,8 +719,8 @@ class Wire:
         what it keeps to the processes that train the clients, dealt."""
         if self.keeps and self.gathers and not self.args.silo: self.lend(dealt)
         layers = self.args.personal_layers or ()
-        return {k: {name: v for name, v in shaped(self.spread(kept, flat(w)), w).items() if name.split('.')[0] in layers}
-                for k, kept in self.kept.items() if layers}
+        return {k: {name: v for name, v in shaped(self.spread(self.kept[k], flat(w)), w).items() if name.split('.')[0] in layers}
+                for k in dealt[self.rank] if layers and k in self.kept}
 
     def spread(self, kept, v):
         """v, (d,), with kept's values where they stay."""
@@ -738,8 +738,9 @@ class Wire:
     def uplink(self, updates, w, t, dealt, lost, corrupt=()):
         """(k, w_k, loss) in, (w_k, n_k) out for those that the server accepts; where payloads are gathered, at rank 0 alone.
 
-        dealt: the clients of each process; lost: {k: stage} of those that are lost; corrupt: {k: kind} of those that send damaged
-        payloads. Counts tally's clients, rejected and up_bytes, and sums the accepted n_k (m_t) and n_k loss (loss).
+        dealt: the clients of each process; lost: {k: stage} of those that are lost, of use to SecureWire alone; corrupt: {k: kind} of
+        those that send damaged payloads. Counts tally's senders, clients, rejected and up_bytes, and sums the accepted n_k (m_t) and
+        n_k loss (loss).
         """
         tally, delta = self.tally, bool(self.args.quantize or self.args.topk)
         base = flat(w) if delta else torch.zeros(self.d)
@@ -822,7 +823,7 @@ class Wire:
             print(f'silo {self.rank}: no checkpoint of round {t} here; what it had kept is lost', file=sys.stderr)
         self.kept = kept.get(t, {})
         self.saved = {t: self.kept}
-        if state and not self.args.silo: self.left, self.holders = state['left'], set(state['holders'])
+        if state: self.left, self.holders = state['left'], set() if self.args.silo else set(state['holders'])
 
 def damaged(x, payload, kind, coded, draw):
     """What a corrupt client sends instead of x's payload: NaN, infinity, garbage of its length, or a value too few."""
@@ -861,26 +862,28 @@ class SecureWire(Wire):
         return term(v, self.args.range, self.bits, self.weight[k], rng(self.args.seed, 'quantize', t, k))
 
     def uplink(self, updates, w, t, dealt, lost, corrupt=()):
-        """(k, w_k, loss) in; out, at rank 0, one pair: the survivors' mean and its weight. None if they are too few."""
+        """(k, w_k, loss) in; out, at rank 0, one pair: the survivors' mean and its weight; none if they are too few."""
         asked = sorted({k for ks in dealt for k in ks} | set(lost))
         tally, at = self.tally, self.at(0)
         base, clients, threshold = flat(w), {}, max(math.ceil(round(self.args.threshold * len(asked), 9)), self.least)
         terms = self.terms(updates, base, t)
-        for k, term, _, rest in terms if self.args.silo else self.gathered(terms, dealt):
-            if term:
-                clients[k] = SecureClient(k, np.frombuffer(term, '<u4'), threshold)
+        for k, payload, _, rest in terms if self.args.silo else self.gathered(terms, dealt):
+            if payload:
+                clients[k] = SecureClient(k, np.frombuffer(payload, '<u4'), threshold)
                 if rest is not None: self.new[k] = rest
             else:
                 tally['rejected'] += 1
                 print(f'client {k} is left out: it holds NaN or infinity')
         nothing = np.zeros(len(base[at]) + 1, np.uint32)
         clients = {k: SecureClient(k, nothing, threshold) for k in lost} | clients       # lost ones that were not trained never send it
-        if self.remote: return self.serve(clients) if self.rank in asked else None
+        if self.remote and self.rank in asked: self.serve(clients)
         if self.rank: return
         tally['senders'] += len(asked)
         ks = asked if self.args.silo else sorted(clients)
         try: total, who = secure_sum(self.asker(clients, lost, tally), ks, threshold, len(nothing))
-        except ValueError as e: return print(f'round {t}: secure aggregation is given up: {e}')
+        except ValueError as e:
+            print(f'round {t}: secure aggregation is given up: {e}')
+            return
         finally:
             for k in asked if self.args.silo else ():
                 if k: send(b'', k)
@@ -930,6 +933,7 @@ COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected'
            'round_time', 'epsilon', 'seconds')
 TALLY = ('clients', 'rejected', 'lost', 'late', 'm_t', 'loss', 'senders', 'up_bytes', 'down_bytes', 'round_time')   # counted in a round
 # What may differ between a run and its resumption: nothing that the weights of a round depend on.
+LOCAL = {'data_dir', 'gpu', 'bs', 'log', 'checkpoint', 'resume', 'plot', 'verbose'}      # in which silos may differ
 FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'log', 'checkpoint', 'save_every', 'resume', 'plot', 'verbose', 'personal', 'personal_ep', 'mix'}
 
 def rounds_to(target, accuracies):
@@ -1003,7 +1007,7 @@ def plot(path, history):
     rounds = [row['round'] for row in history]
     left.plot(rounds, [row['test_acc'] for row in history])
     left.set(xlabel='round', ylabel='test accuracy')
-    for name in ('train_loss', 'test_loss'): right.plot(rounds, [row[name] or math.nan for row in history], label=name.replace('_', ' '))
+    for name in ('train_loss', 'test_loss'): right.plot(rounds, [number(row[name]) for row in history], label=name.replace('_', ' '))
     right.set(xlabel='round', ylabel='loss')
     right.legend()
     figure.savefig(path, dpi=150)
@@ -1019,12 +1023,16 @@ def measured(args, t, tally, cost, seconds):
 def progress(args, history):
     """The last round in a line."""
     row = history[-1]
-    print(f'round {row["round"]:4d}/{args.epochs}   train loss {row["train_loss"] or math.nan:.4f}   '
+    print(f'round {row["round"]:4d}/{args.epochs}   train loss {number(row["train_loss"]):.4f}   '
           f'test acc {100 * row["test_acc"]:.2f} %   best {100 * max(r["test_acc"] for r in history):.2f} %   '
           + ''.join(f'{row[name]} {name}   ' for name in ('rejected', 'lost', 'late') if row[name]) +
           f'up {row["up_bytes"] / 1e6:.3g} MB ({row["upload_seconds"]:.3g} s a client)   down {row["down_bytes"] / 1e6:.3g} MB   '
           + (f'round time {row["round_time"]:.3g}   ' if timed(args) else '') + (f'epsilon {row["epsilon"]:.3g}   ' if row['epsilon'] != '' else '') +
           f'{row["seconds"]:.2f} s   {row["seconds"] * (args.epochs - row["round"]):.0f} s left', flush=True)
+
+def number(value):
+    """A log's value for a picture or a line; where it has none, NaN."""
+    return math.nan if value == '' else value
 
 def timed(args):
     """Whether the simulated time of a round is of interest."""
@@ -1098,13 +1106,13 @@ def cuttable(args, net):
 
 def agree(options, first):
     """Exits with one line if this silo was started under other options than the first, in what the weights depend on."""
-    other = [name for name, v in options.items() if name not in FREE - {'epochs', 'target', 'save_every', 'personal', 'personal_ep', 'mix'} and v != first[name]]
+    other = [name for name, v in options.items() if name not in LOCAL and v != first[name]]
     if bool(options['checkpoint']) != bool(first['checkpoint']): other.append('checkpoint')
     if other:
         fail('--silo 1: the first silo has ' + ', '.join(f'--{name} {shown(first[name])}' for name in other) + '; give the same',
              everyone=True)
 
-def holdings(args, rank, size):
+def holdings(args, rank):
     """(train, test, {k: indices}): what the simulation holds, or with --silo this process's own data, it being client `rank`.
 
     Exits with one line if the data cannot be read or shared.
@@ -1184,7 +1192,7 @@ def own_models(args, clients, net, w, wire, train, parts, dealt, t):
     """Yields (k, weights) for each client of this process: w with the layers that stayed with it (Arivazhagan et al. 2019), or lambda w +
     (1 - lambda) what --personal_ep more epochs make of w (after Mansour et al. 2020); lambda 0 is finetune."""
     print(f'--personal {args.personal}: testing {args.num_users} clients', flush=True)
-    own, mask = wire.own(w, dealt), shaped(wire.left, w) if args.prune else None
+    own, mask = wire.own(w, dealt), shaped(from_rank_0(wire.left), w) if args.prune else None
     if args.personal == 'layers': yield from ((k, w | own.get(k, {})) for k in dealt[wire.rank])
     else:
         for k, w_k, _ in clients(args, net, train, parts, dict.fromkeys(dealt[wire.rank], args.personal_ep), t, mask):
@@ -1219,15 +1227,17 @@ def main(argv=None):
     cuttable(args, net)
     teacher = teacher_of(args) if args.teacher else None
     rank, size = processes(args.device)
-    if args.silo: args.num_users = options['num_users'] = size
-    if args.silo: agree(options, from_rank_0(options))
-    if rank: sys.stdout, args.log, args.plot = open(os.devnull, 'w'), None, None        # rank 0's alone
-    if rank: args.checkpoint = f'{args.checkpoint}.{rank}' if args.checkpoint and args.silo and keeps(args) else None
+    if args.silo:
+        args.num_users = options['num_users'] = size
+        agree(options, from_rank_0(options))
+    if rank:
+        sys.stdout, args.log, args.plot = open(os.devnull, 'w'), None, None        # rank 0's alone
+        args.checkpoint = f'{args.checkpoint}.{rank}' if args.checkpoint and args.silo and keeps(args) else None
     saved = args.checkpoint and args.resume and os.path.exists(args.checkpoint)
     was, w, history, state = restore(args.checkpoint, options) if saved else ({}, None, [], None)
     was, w, history = from_rank_0((was, w, history))
 
-    train, test, parts = holdings(args, rank, size)
+    train, test, parts = holdings(args, rank)
     K, labels = args.num_users, {k: train.tensors[1][idxs] for k, idxs in parts.items()} if args.personal else {}
     n_k = counts(parts, K, args.silo)
     print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
@@ -1282,7 +1292,7 @@ def main(argv=None):
             w_next = average(updates) or w_t
 
             tally = dict(zip(tally, all_summed(tally.values(), args.device)))
-            if tally['rejected'] == len(work) > len(corrupt) and args.dp != 'user':
+            if tally['rejected'] == len(work) > len(corrupt) and args.dp != 'user':      # not only those that --corrupt has damaged
                 print(f'round {t}: no update is finite; the weights stay those of round {t - 1}. Start again with a lower --lr '
                       f'than {args.lr}', file=sys.stderr if rank == 0 else sys.stdout)
                 code = 1

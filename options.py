@@ -168,7 +168,7 @@ def args_parser(argv=None):
     return args
 
 def check(args):
-    """What no single flag can see: values that contradict each other or the data. Fills in num_channels and num_classes."""
+    """What no single flag can see: values that contradict each other or the data. Fills in what follows from the others."""
     n, channels, classes = DATASETS[args.dataset]
     for name, known in (('num_channels', channels), ('num_classes', classes)):
         given = getattr(args, name)
@@ -243,12 +243,12 @@ def unequal(args):
     if args.personal == 'mix' and args.mix is None: args.mix = 0.5
     if args.personal == 'finetune': args.mix = 0.0
     if args.personal in ('finetune', 'mix'): args.personal_ep = args.personal_ep or 1
-    if isinstance(args.gpu, tuple) and 'TORCHELASTIC_RUN_ID' in os.environ:
-        fail('--gpu {},{}: under torchrun a process has one device; name one, and the others take those after it'.format(*args.gpu))
-    if isinstance(args.gpu, tuple) and not args.cut: fail('--gpu {},{}: two devices are for the two halves of a net; add --cut L, or name one'.format(*args.gpu))
-    m = max(round(args.frac * args.num_users), 1)
-    if math.ceil(round(m * (1 + args.overselect), 9)) > args.num_users:
-        fail(f'--overselect {args.overselect}: asks {math.ceil(round(m * (1 + args.overselect), 9))} of {args.num_users} clients; take less, or a smaller --frac')
+    if isinstance(args.gpu, tuple):
+        if 'TORCHELASTIC_RUN_ID' in os.environ:
+            fail(f'--gpu {shown(args.gpu)}: under torchrun a process has one device; name one, and the others take those after it')
+        if not args.cut: fail(f'--gpu {shown(args.gpu)}: two devices are for the two halves of a net; add --cut L, or name one')
+    asked = math.ceil(round(max(round(args.frac * args.num_users), 1) * (1 + args.overselect), 9))
+    if asked > args.num_users: fail(f'--overselect {args.overselect}: asks {asked} of {args.num_users} clients; take less, or a smaller --frac')
     for name, bad, why in CLASHES:
         value, other = getattr(args, name), getattr(args, bad.split()[0])
         if value and (str(other) == bad.split()[1] if ' ' in bad else other):

@@ -150,7 +150,8 @@ def augmented(x, flip=False):
 
 def tutorial(x, train=True):
     """CIFAR-10's images (n, 3, 32, 32), standardised by channel, as the TensorFlow tutorial shows them to a net (McMahan et al. 2017,
-    Section 3): (n, 3, 24, 24), standardised each by itself; in training a random crop, mirrored, with another contrast (another brightness is what standardisation takes away)."""
+    Section 3): (n, 3, 24, 24), standardised each by itself; in training a random crop, mirrored, with another contrast. (Another brightness
+    would be taken away by the standardisation.)"""
     n, (mean, std) = len(x), (torch.tensor(v, device=x.device).view(3, 1, 1) for v in MEAN_STD['cifar'])
     x = x * std + mean
     corner = torch.randint(9, (2, n, 1), device=x.device) if train else torch.full((2, n, 1), 4, device=x.device)

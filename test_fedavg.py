@@ -763,6 +763,16 @@ def test_silos_send_bytes_and_go_on_with_what_they_kept(tmp_path):
     up = [int(r['up_bytes']) for r in read_log(tmp_path / 'full.csv')[1]]
     assert 0 < up[-1] < 2 * 4 * 199210 / 15 and (sum((v == 0).sum().item() for v in full['w'].values() if v.dim() > 1)) == 198800 / 2
 
+@pytest.mark.parametrize('words', ['', '--silo 1 --frac 0.5'])
+def test_the_last_report_knows_the_mask_of_a_run_that_had_ended(data, tmp_path, words):
+    for rank in range(2 if words else 0): write_mnist(tmp_path / f'silo{rank}', train=60, test=30)
+    def report():
+        ranks = Ranks(f'{words} --prune 0.9 --prune_end 2 --personal finetune --epochs 3 --checkpoint {tmp_path}/c.pt --resume', f'{tmp_path}/silo{{rank}}' if words else data)
+        out, err = ranks.communicate(timeout=100)
+        assert ranks.returncode == 0, err
+        return out.partition('accuracy on')[2]
+    assert report() == report() != ''
+
 #############################################
 #           Differential privacy            #
 #############################################

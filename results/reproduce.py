@@ -1,4 +1,5 @@
-"""The cells of Tables 1, 2 and 4 of McMahan et al. 2017, one run of fedavg.py each, into results/reproduce.csv; goes on where it was stopped.
+"""The cells of Tables 1, 2 and 4 of McMahan et al. 2017, one run of fedavg.py each, into results/reproduce.csv; goes on
+where it was stopped. The curves of seed 0 go into results/curves.csv.
 
     python results/reproduce.py --data_dir DIR --table 4                                      # every cell of it, the cheapest first
     python results/reproduce.py --data_dir DIR --table 4 --cell E=10,B=inf,iid=0 --seeds 1
@@ -6,7 +7,8 @@
     python results/reproduce.py --figure                                                      # results/rounds.png, like the paper's Figure 2
 
 A cell's eta is the one of a grid with resolution 10^(1/3) that took the fewest rounds on seed 7, in results/eta.csv; where that has none
-it is looked for first. A run that has not reached the target after 1.5 times the paper's rounds is a miss.
+it is looked for first. A run that has not reached the target after 1.5 times the paper's rounds is a miss
+(after 1500 where the paper has a dash).
 """
 import argparse
 import csv
@@ -23,6 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 GRID = [round(10 ** (i / 3), 4) for i in range(-6, 1)]      # 0.01, 0.0215, 0.0464, 0.1, 0.2154, 0.4642, 1
 START = {'10': 0.1, '50': 0.2154, 'inf': 0.4642}            # where the grid is entered: larger batches bear larger steps
+UNKNOWN = 1000                                              # rounds, where the paper has a dash
 SEED = 7                                                    # of the grid; never one of those reported
 ROWS = ('table', 'cell', 'flags', 'lr', 'seed', 'rounds', 'seconds', 'machine', 'paper')
 CURVE = ('table', 'cell', 'lr', 'accuracies')               # of seed 0, in hundredths of a percent, a number for each round
@@ -97,17 +100,17 @@ def search(table, cell, words, paper, data_dir):
     at, done = GRID.index(START[words.split('--local_bs ')[1].split()[0]]), tried(table, cell)
     def rounds(i):
         if GRID[i] not in done:
-            most = min([math.ceil(1.5 * (paper or 1000)), *(math.ceil(v) for v in done.values() if v < math.inf)])     # worse than the best is enough
+            most = min([math.ceil(1.5 * (paper or UNKNOWN)), *(math.ceil(v) for v in done.values() if v < math.inf)])     # worse than the best is enough
             got, seconds, _ = run(words, GRID[i], SEED, most, data_dir)
             write('eta.csv', (table, cell, words, GRID[i], SEED, got, seconds, machine(), paper))
             done[GRID[i]] = float(got or 'inf')
         return done[GRID[i]]
     best = at
     rounds(at)
-    for step in (1, -1):
+    for step in (-1, 1):
         i = at + step
-        while 0 <= i < len(GRID) and (rounds(i) < rounds(best) or step < 0 and rounds(i) == rounds(best) == math.inf): best, i = i, i + step
-        if step == 1 and best != at: break
+        while 0 <= i < len(GRID) and (rounds(i) < rounds(best) or rounds(best) == math.inf): best, i = i, i + step
+        if rounds(best) < rounds(at): break
     return GRID[best] if rounds(best) < math.inf else None
 
 def shown(rows):
@@ -134,18 +137,18 @@ def tables():
                 line += [str(found[table, cell][1] or '-'), shown([r for r in ran if (r['table'], r['cell']) == (str(table), cell)])]
             print('| ' + ' | '.join(line).replace('inf', '∞') + ' |')
 
-def figure(table=4, target=0.97):
-    """Test accuracy against rounds for a table's cells of seed 0, a colour for each B and a dash for each E, into results/rounds.png."""
+def figure():
+    """Test accuracy against rounds for Table 4's cells of seed 0, a colour for each B and a dash for each E, into results/rounds.png."""
     from matplotlib.figure import Figure
     picture = Figure((10, 4), layout='constrained')
     colours, dashes = {'10': 'C3', '50': 'C1', 'inf': 'C0'}, {'1': ':', '5': '-.', '10': '--', '20': '-'}
     for iid, axes in zip((1, 0), picture.subplots(1, 2, sharey=True)):
         for row in sorted(read('curves.csv'), key=lambda row: [float(v.split('=')[1]) for v in row['cell'].split(',')[-3:]]):
             E, B, at = (v.split('=')[1] for v in row['cell'].split(',')[-3:])
-            if (row['table'], at) != (str(table), str(iid)): continue
+            if (row['table'], at) != ('4', str(iid)): continue
             y = [int(v) / 100 for v in row['accuracies'].split()]
             axes.plot(range(1, len(y) + 1), y, colours[B] + dashes[E], linewidth=1, label=f'B = {B.replace("inf", "∞")}, E = {E}')
-        axes.axhline(100 * target, color='gray', linewidth=0.5)
+        axes.axhline(97, color='gray', linewidth=0.5)
         axes.set(title='IID' if iid else 'non-IID', xlabel='rounds', ylabel='test accuracy, %' if iid else '', xscale='log', ylim=(80, 98))
         axes.legend(fontsize='small')
     picture.savefig(HERE / 'rounds.png', dpi=100)
@@ -155,7 +158,7 @@ def main():
     parser.add_argument('--data_dir', default='./data')
     parser.add_argument('--table', type=int, choices=(1, 2, 4))
     parser.add_argument('--cell', help='as E=10,B=inf,iid=0: those that have all of these parts')
-    parser.add_argument('--seeds', type=int, help='how many; 3 if not given, but for C=0 and B=inf 1')
+    parser.add_argument('--seeds', type=int, choices=range(1, SEED + 1), help='how many; 3 if not given, but for C=0 and B=inf 1')
     parser.add_argument('--more', default='', help='flags for every run, as "--compile 1"; nothing that a result depends on')
     parser.add_argument('--show', action='store_true', help='the table of what has been run')
     parser.add_argument('--figure', action='store_true', help='Table 4\'s curves, which needs matplotlib')
@@ -166,24 +169,24 @@ def main():
     chosen = {key: v for key, v in cells().items() if args.table in (None, key[0]) and parts <= set(key[1].split(','))}
     if not chosen: sys.exit(f'--cell {args.cell}: no such cell; the parts are those of ' + '; '.join(cell for table, cell in cells() if table == (args.table or 4)))
     done = {(r['table'], r['cell'], r['seed']) for r in read('reproduce.csv')}
-    work = lambda key: cost(chosen[key][0]) * (chosen[key][1] or 1000)
-    todo = {key: [seed for seed in range(args.seeds or (1 if 'C=0.0' in key[1] or 'B=inf' in key[1] else 3)) if (str(key[0]), key[1], str(seed)) not in done]
-            for key in sorted(chosen, key=work)}
-    left, speed = sum(work(key) * (len(seeds) + 4 * (not tried(*key))) for key, seeds in todo.items()), []       # 4 runs look for eta
-    for (table, cell), seeds in todo.items():
-        words, paper = chosen[table, cell]
-        more, began = f'{args.more} {words}'.strip(), time.time()
-        runs = len(seeds) + 4 * (not tried(table, cell))
-        lr = search(table, cell, more, paper, data_dir) if seeds else None
+    todo = {}           # {(table, cell): (seeds, a guess at what they cost)}
+    for key, (words, paper) in chosen.items():
+        n = args.seeds or (1 if 'C=0.0' in key[1] or 'B=inf' in key[1] else 3)
+        seeds = [seed for seed in range(n) if (str(key[0]), key[1], str(seed)) not in done]
+        if seeds: todo[key] = seeds, cost(words) * (paper or UNKNOWN) * (len(seeds) + 4 * (not tried(*key)))       # 4 runs look for eta
+    left, speed = sum(guess for _, guess in todo.values()), []
+    for (table, cell), (seeds, guess) in sorted(todo.items(), key=lambda item: item[1][1]):
+        (words, paper), began = chosen[table, cell], time.time()
+        words = f'{args.more} {words}'.strip()
+        lr = search(table, cell, words, paper, data_dir)
         for seed in seeds:
-            got, seconds, accuracies = run(more, lr, seed, math.ceil(1.5 * (paper or 1000)), data_dir) if lr else ('', 0, [])
-            write('reproduce.csv', (table, cell, words, lr or '', seed, got, seconds, machine(), paper))
+            got, seconds, accuracies = run(words, lr, seed, math.ceil(1.5 * (paper or UNKNOWN)), data_dir) if lr else ('', 0, [])
             if seed == 0: write('curves.csv', (table, cell, lr, ' '.join(f'{10000 * v:.0f}' for v in accuracies)), CURVE)
+            write('reproduce.csv', (table, cell, words, lr or '', seed, got, seconds, machine(), paper))
             print(f'--- {table}, {cell}, eta {lr}, seed {seed}: {got or "missed"} (the paper: {paper})', file=sys.stderr)
-        if seeds:
-            left -= runs * work((table, cell))
-            speed.append((time.time() - began) / (runs * work((table, cell))))
-            print(f'--- about {statistics.median(speed) * left / 3600:.1f} hours left', file=sys.stderr, flush=True)
+        left -= guess
+        speed.append((time.time() - began) / guess)
+        print(f'--- about {statistics.median(speed) * left / 3600:.1f} hours left', file=sys.stderr, flush=True)
 
 if __name__ == '__main__':
     main()

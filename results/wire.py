@@ -28,11 +28,11 @@ def measure(words, data_dir, iid, seed):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE.parent / 'fedavg.py'), '--data_dir', data_dir, '--gpu', '-1', '--log', f'{folder}/log', *flags.split()]
         out = subprocess.run(command, capture_output=True, text=True)
-        log = read(f'{folder}/log', 1) if os.path.exists(f'{folder}/log') else []
+        log = read(f'{folder}/log', 1)
     lines = out.stdout.splitlines()
     if not lines or not lines[-1].startswith('rounds to'): sys.exit(f'{flags} failed:\n{out.stdout[-500:]}{out.stderr[-2000:]}')
-    missed, last = 'not reached' in lines[-1], lines[-1].replace(',', '').split()
-    seconds = next(line for line in lines if ' rounds in ' in line).split()[3]
+    missed, last = 'not reached' in lines[-1], lines[-1].replace(',', '').split()              # rounds to 97.00 %: 17.1, with 135.84 MB uploaded
+    seconds = next(line for line in lines if ' rounds in ' in line).split()[3]               # 18 rounds in 26 s: ...
     return dict(setting=words, iid=iid, seed=seed, rounds='' if missed else last[4], megabytes='' if missed else last[6], seconds=seconds), log
 
 def read(path, skip=0):
