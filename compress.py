@@ -235,7 +235,10 @@ PRIME = int('FFFFFFFFFFFFFFFFC90FDAA22168C234C4C6628B80DC1CD129024E088A67CC74020
 FIELD = 2**521 - 1      # the prime of Shamir's field, above every secret
 
 def agree(private, public):
-    """The 32 bytes that two key pairs have in common: Diffie-Hellman, hashed (Bonawitz et al., Section 3.2). Raises ValueError for a public key out of range."""
+    """The 32 bytes that two key pairs have in common: Diffie-Hellman, hashed (Bonawitz et al., Section 3.2).
+
+    Raises ValueError for a public key out of range.
+    """
     if not 1 < public < PRIME - 1: raise ValueError('a public key is out of range')
     return hashlib.sha256(pow(public, private, PRIME).to_bytes(256, 'big')).digest()
 

@@ -57,8 +57,8 @@ class LocalUpdate:
     """ClientUpdate(k, w) of Algorithm 1: E epochs of SGD in batches of B over the examples that one client holds.
 
     args: needs local_ep (E), local_bs (B, math.inf for all at once), lr, momentum, device. It may have optimizer, 'sgd' or 'adamw'; mu
-    (FedProx); augment, with dataset and model; teacher, distill and temperature (labels are then those of `taught`); cut and server (SplitFed, the device of
-    the back half); dp 'example', clip and noise: DP-SGD (Abadi et al. 2016, Algorithm 1), whose batches are Poisson samples of rate B / n_k.
+    (FedProx); augment, with dataset and model; teacher, distill and temperature (labels are then those of `taught`); cut and server
+    (SplitFed, the device of the back half); dp 'example', clip and noise: DP-SGD (Abadi et al. 2016, Algorithm 1), whose batches are Poisson samples of rate B / n_k.
     dataset: any map-style (float32 image tensor, label) data set. A client's tensors are made once, for all LocalUpdates of
     this data set and idxs: a random transform is drawn once, and a later change of the data set is not seen.
     idxs: the client's indices into it. Raises ValueError if there are none.
@@ -1151,11 +1151,13 @@ def teacher_of(args):
     """(--teacher's options, its net). Exits with one line if it is no checkpoint, or not one of a whole net for this data set."""
     was, w, *_ = opened('teacher', args.teacher)
     if was['dataset'] != args.dataset: fail(f'--teacher {args.teacher}: was trained on {was["dataset"]}; take one of {args.dataset}', everyone=True)
-    if was['personal_layers']: fail(f'--teacher {args.teacher}: has no last word in {shown(was["personal_layers"])}, its clients\' own; take one without', everyone=True)
+    if was['personal_layers']:
+        fail(f'--teacher {args.teacher}: has no last word in {shown(was["personal_layers"])}, its clients\' own; take one without', everyone=True)
     was = argparse.Namespace(**was)
     net = build(was).to(args.device)
     try: net.load_state_dict(w)
-    except RuntimeError as e: fail(f'--teacher {args.teacher}: its weights are not those of {was.model} ({str(e).splitlines()[0]}); take another', everyone=True)
+    except RuntimeError as e:
+        fail(f'--teacher {args.teacher}: its weights are not those of {was.model} ({str(e).splitlines()[0]}); take another', everyone=True)
     return was, net
 
 def taught_by(args, was, net, train, test):
@@ -1256,7 +1258,8 @@ def main(argv=None):
     draw = poisson if args.dp == 'user' else functools.partial(select, extra=args.overselect)
     asked = functools.lru_cache(None)(lambda t: draw(K, args.frac, rng(args.seed, 'select', t)).tolist())
     m = max(round(args.frac * K), 1)
-    make = functools.partial(engine, args, m=math.ceil(m / size / len(args.widths or [1])), B=min(args.local_bs, max(map(len, parts.values()))), cross=wire.cross)
+    B = min(args.local_bs, max(map(len, parts.values())))
+    make = functools.partial(engine, args, m=math.ceil(m / size / len(args.widths or [1])), B=B, cross=wire.cross)
     clients = Widths(args, net, make) if args.widths else make(net)
     duration = pace(args, load)
     if args.dp and args.noise is None: options['noise'] = args.noise = was.get('noise') or planned(args, n_k, asked)

@@ -231,11 +231,12 @@ def private(args):
 
 def unequal(args):
     """check's part about clients that differ, and models of their own."""
-    for names, owner, there in ((('distill', 'temperature'), '--teacher F', args.teacher), (('personal_layers',), '--personal layers', args.personal == 'layers'),
-                                (('personal_ep',), '--personal finetune', args.personal in ('finetune', 'mix')), (('mix',), '--personal mix', args.personal == 'mix')):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not there: fail(f'--{name} {shown(value)}: goes with {owner} alone; add that, or leave this out')
+    for name, owner, there in (('distill', '--teacher F', args.teacher), ('temperature', '--teacher F', args.teacher),
+                               ('personal_layers', '--personal layers', args.personal == 'layers'),
+                               ('personal_ep', '--personal finetune', args.personal in ('finetune', 'mix')),
+                               ('mix', '--personal mix', args.personal == 'mix')):
+        value = getattr(args, name)
+        if value is not None and not there: fail(f'--{name} {shown(value)}: goes with {owner} alone; add that, or leave this out')
     if args.widths and max(args.widths) < 1: fail(f'--widths {shown(args.widths)}: nobody would train all of the net; put a 1 among them')
     if args.teacher is not None and not os.path.isfile(args.teacher): fail(f'--teacher {args.teacher}: there is no such file; name a checkpoint')
     if args.teacher: args.distill, args.temperature = 0.5 if args.distill is None else args.distill, args.temperature or 2.0

@@ -167,7 +167,7 @@ def main():
     if args.figure: return figure()
     parts, data_dir = set((args.cell or '').split(',')) - {''}, os.path.abspath(args.data_dir)
     chosen = {key: v for key, v in cells().items() if args.table in (None, key[0]) and parts <= set(key[1].split(','))}
-    if not chosen: sys.exit(f'--cell {args.cell}: no such cell; the parts are those of ' + '; '.join(cell for table, cell in cells() if table == (args.table or 4)))
+    if not chosen: sys.exit(f'--cell {args.cell}: no such cell; there are ' + '; '.join(cell for table, cell in cells() if args.table in (None, table)))
     done = {(r['table'], r['cell'], r['seed']) for r in read('reproduce.csv')}
     todo = {}           # {(table, cell): (seeds, a guess at what they cost)}
     for key, (words, paper) in chosen.items():
