@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 def build(args):
-    """The net that args.model names ('2nn', 'paper_cnn', 'mlp', 'cnn') for args.num_channels (1: 28x28, 3: 32x32 images)."""
-    dim_in, color = {1: (784, False), 3: (3072, True)}[args.num_channels]
-    if args.model == '2nn': return TwoNN(dim_in, 200, args.num_classes)
-    if args.model == 'mlp': return MLP(dim_in, 200, args.num_classes)
-    if args.model == 'cnn': return (CNNCifar if color else CNNMnist)(args)
-    return (PaperCNNCifar if color else PaperCNNMnist)(args)
+    """The net that args.model names ('2nn', 'paper_cnn', 'mlp', 'cnn') for args.num_channels (1: 28x28, 3: 32x32 images).
+
+    Raises KeyError for another name, or number of channels.
+    """
+    dim_in, cnn, paper_cnn = {1: (784, CNNMnist, PaperCNNMnist), 3: (3072, CNNCifar, PaperCNNCifar)}[args.num_channels]
+    if args.model in ('2nn', 'mlp'): return {'2nn': TwoNN, 'mlp': MLP}[args.model](dim_in, 200, args.num_classes)
+    return {'cnn': cnn, 'paper_cnn': paper_cnn}[args.model](args)
 
 class Net(nn.Module):
     """A row of stages, {the layer that it begins with: function of (net, x)}, each of which has what the one before gives."""
@@ -42,7 +43,10 @@ class TwoNN(Net):
               'fc3': lambda net, x: net.fc3(x)}                                         # (B, 10)
 
 class PaperCNNMnist(Net):
-    """The paper's MNIST CNN, 1,663,370 parameters (the count of SAME padding, which the text leaves open)."""
+    """The paper's MNIST CNN, 1,663,370 parameters (the count of SAME padding, which the text leaves open).
+
+    Of args: num_channels, num_classes.
+    """
     def __init__(self, args):
         super().__init__()
         self.conv1 = nn.Conv2d(args.num_channels, 32, 5, padding=2)
@@ -64,7 +68,7 @@ class PaperCNNCifar(Net):
     """The TensorFlow tutorial's CIFAR-10 net, 1,068,298 parameters, on 24x24 images; of larger ones it sees the central 24x24.
 
     TensorFlow pads SAME on the right and at the bottom only: ceil_mode. Its local response normalization takes alpha per
-    element (0.001 / 9), torch's takes it for the window of 9.
+    element (0.001 / 9), torch's takes it for the window of 9. Of args: num_channels, num_classes.
     """
     def __init__(self, args):
         super().__init__()
@@ -161,7 +165,7 @@ def narrowed(net, r):
     """A copy of net with the leading r-fraction of every hidden layer's units or channels, ceil(r n) of n, and their weights.
 
     What the images have, and the classes, stay (HeteroFL: Diao et al. 2021, Section 3.2, without its scaler). net's layers are
-    linear or convolutions, in the order in which they come.
+    linear or convolutions, with a bias, in the order in which they come.
     """
     net = copy.deepcopy(net)
     layers = [layer for layer in net.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]

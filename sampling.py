@@ -5,7 +5,8 @@ examples a client holds (`sizes`) and which ones (`iid`, `shards`, `dirichlet`) 
 together. All randomness comes from `rng`. This file needs numpy, torch and torchvision.
 
     from sampling import mnist_noniid
-    users = mnist_noniid(torchvision.datasets.MNIST('data'), 100)
+    from torchvision.datasets import MNIST
+    users = mnist_noniid(MNIST('data'), 100)
 """
 import hashlib
 import math
