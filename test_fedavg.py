@@ -1439,6 +1439,10 @@ def test_parameter_counts(name, channels, count):
     assert sum(p.numel() for p in net.parameters()) == count
     assert net(torch.randn(2, channels, *((28, 28) if channels == 1 else (32, 32)))).shape == (2, 10)
 
+def test_a_net_that_is_not_known_is_refused():
+    for model, channels in (('resnet', 1), ('2nn', 2)):
+        with pytest.raises(KeyError): models.build(SimpleNamespace(model=model, num_channels=channels, num_classes=10))
+
 def test_the_papers_nets_are_their_layers_in_order():
     net, x = models.TwoNN(784, 200, 10), torch.randn(3, 1, 28, 28)
     assert torch.equal(net(x), nn.Sequential(nn.Flatten(), net.fc1, nn.ReLU(), net.fc2, nn.ReLU(), net.fc3)(x))
