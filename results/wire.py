@@ -17,9 +17,9 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 SETTINGS = ['', '--quantize 8', '--quantize 4', '--quantize 2', '--quantize 1', '--topk 0.1', '--topk 0.1 --error_feedback 0', '--topk 0.01',
-            '--topk 0.01 --error_feedback 0', '--topk 0.01 --quantize 4', '--topk 0.01 --quantize 4 --error_feedback 0',
+            '--topk 0.01 --error_feedback 0', '--topk 0.1 --quantize 4', '--topk 0.01 --quantize 4', '--topk 0.01 --quantize 4 --error_feedback 0',
             '--prune 0.5 --prune_end 10', '--prune 0.9 --prune_end 10', '--prune 0.95 --prune_end 10 --topk 0.1 --quantize 4']
-DRAWN = ['', '--quantize 8', '--quantize 4', '--topk 0.1', '--topk 0.01', '--topk 0.01 --quantize 4', '--prune 0.9 --prune_end 10']
+DRAWN = ['', '--quantize 8', '--quantize 4', '--topk 0.1', '--topk 0.1 --quantize 4', '--topk 0.01 --quantize 4']
 LR, ROUNDS, TARGET = {1: 0.1, 0: 0.1}, {1: 100, 0: 300}, 0.97
 
 def measure(words, data_dir, iid, seed):
