@@ -1771,6 +1771,29 @@ def test_every_flag_is_read_somewhere_and_in_the_readme():
     readme = (HERE / 'README.md').read_text()
     assert not [f for f in flags if f not in read] and not [f for f in flags if f'`--{f}' not in readme]
 
+def test_the_tables_cells_are_what_the_paper_has_and_the_program_takes(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / 'results')
+    import reproduce
+    cells = reproduce.cells()
+    assert len(cells) == 2 * 5 * 4 + 2 * 9 * 2 and cells[4, 'E=10,B=50,iid=0'][1] == 881 and cells[1, '2nn,C=0.0,B=inf,iid=0'][1] == 4278
+    args = options.args_parser(cells[2, 'E=20,B=inf,iid=1'][0].split())
+    assert (args.model, args.frac, args.local_ep, args.local_bs, args.iid, args.target) == ('paper_cnn', 0.1, 20, math.inf, 1, 0.99)
+    for words, _ in cells.values(): options.args_parser(words.split())
+
+def test_eta_is_looked_for_where_rounds_become_fewer(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / 'results')
+    import reproduce
+    for best, ran in ((0.1, [0.1, 0.0464, 0.2154]), (0.01, [0.1, 0.0464, 0.0215, 0.01]), (1, [0.1, 0.0464, 0.2154, 0.4642, 1]), (None, None)):
+        asked = []
+        def run(words, lr, *_):
+            asked.append(lr)
+            return (f'{abs(math.log(lr / best)) + 1}' if best else ''), 0, []
+        monkeypatch.setattr(reproduce, 'run', run)
+        monkeypatch.setattr(reproduce, 'tried', lambda *_: {})
+        monkeypatch.setattr(reproduce, 'write', lambda *_: None)
+        assert reproduce.search(4, 'E=1', '--local_bs 10 --iid 1', 92, '') == best
+        assert asked == ran if ran else sorted(asked) == reproduce.GRID
+
 def test_the_readmes_commands_run(tmp_path, run, monkeypatch):
     commands = re.findall(r'python fedavg\.py ?([^#`\n]*)', (HERE / 'README.md').read_text())
     assert len(commands) > 5
