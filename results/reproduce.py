@@ -130,12 +130,15 @@ def tables():
         names = [cell for t, cell in found if t == table and cell.startswith(model)]
         groups = list(dict.fromkeys(name.rsplit(',', 2 if table == 1 else 1)[0] for name in names))
         heads = [('IID' if at['iid'] else 'non-IID') + (f', B={at["B"]}'.replace('inf', '∞') if 'B' in at else '') for at in columns(table)]
-        print(f'\n| Table {table} | ' + ' | '.join(f'{head}: paper | here' for head in heads) + ' |\n|' + '---|' * (1 + 2 * len(heads)))
+        what = '2NN, E=1' if model == '2nn' else 'CNN, E=5' if table == 1 else f'{"CNN" if table == 2 else "2NN"}, C=0.1'
+        print(f'\n| Table {table}: {what} | ' + ' | '.join(f'{head}: paper | here' for head in heads) + ' |\n|' + '---|' * (1 + 2 * len(heads)))
         for group in groups:
-            line = [group.replace(',', ', ')]
+            line = [group.removeprefix(f'{model},').replace(',', ', ')]
             for at in columns(table):
                 cell = ','.join([group, *(f'{name}={v}' for name, v in at.items())])
-                line += [str(found[table, cell][1] or '-'), shown([r for r in ran if (r['table'], r['cell']) == (str(table), cell)])]
+                words, paper = found[table, cell]
+                rows = {r['seed']: r for r in ran if r['flags'].endswith(words)}        # a cell may stand in two tables
+                line += [str(paper or '-'), shown(list(rows.values()))]
             print('| ' + ' | '.join(line).replace('inf', '∞') + ' |')
 
 def figure():
