@@ -119,8 +119,8 @@ def shown(rows):
     reached = [float(r['rounds']) for r in rows if r['rounds']]
     if not rows: return 'not run'
     if len(reached) < len(rows): said = f'{len(rows) - len(reached)} of {len(rows)} missed'
-    else: said = f'**{statistics.mean(reached):.1f}**' + (f' ({min(reached):.1f} to {max(reached):.1f})' if len(rows) > 1 else '')
-    return f'{said}, η {float(rows[0]["lr"]):.2g}' if rows[0]['lr'] else said
+    else: said = f'**{statistics.mean(reached):.1f}**' + (f' ({min(reached):.1f} to {max(reached):.1f})' if len(rows) > 1 else ' (one seed)')
+    return f'{said}, η {float(rows[0]["lr"]):.3g}' if rows[0]['lr'] else said
 
 def tables():
     """What has been run, as Markdown: a table for each of the paper's and each net, the paper's rounds beside ours."""
