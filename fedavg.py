@@ -1245,7 +1245,7 @@ def main(argv=None):
     print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
           f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
     if args.balance: train, parts = balanced(train, parts, n_k.mean(), args.seed)
-    load = counts(parts, K, args.silo)      # n_k, and what --balance has added
+    n_trained = counts(parts, K, args.silo)      # n_k, and what --balance has added
     mine = slice(0, len(test) if rank == 0 else 0) if args.silo else slice(rank, None, size)    # of the test set; silos' is rank 0's
     if teacher: train, teachers = taught_by(args, *teacher, train, TensorDataset(*test[mine]))
     test = TensorDataset(augmentation(args)[1](test.tensors[0]), test.tensors[1])
@@ -1261,7 +1261,7 @@ def main(argv=None):
     B = min(args.local_bs, max(map(len, parts.values())))
     make = functools.partial(engine, args, m=math.ceil(m / size / len(args.widths or [1])), B=B, cross=wire.cross)
     clients = Widths(args, net, make) if args.widths else make(net)
-    duration = pace(args, load)
+    duration = pace(args, n_trained)
     if args.dp and args.noise is None: options['noise'] = args.noise = was.get('noise') or planned(args, n_k, asked)
     complete = private if args.dp == 'user' else unasked
     deal = functools.partial(at_home if args.silo else shares, size=size)
@@ -1283,7 +1283,7 @@ def main(argv=None):
 
             S_t = asked(t)
             work, lost, corrupt, counted = turnout(args, S_t, duration, m, t)       # {k: epochs}, {k: stage}, {k: kind}
-            dealt = deal(work, load)                                                # the clients of each process
+            dealt = deal(work, n_trained)                                           # the clients of each process
             tally = dict.fromkeys(TALLY, 0) | (counted if rank == 0 else {})
             s = args.prune and sparsity(t, args.prune, args.prune_begin, args.prune_end)
             w_t, mask = wire.downlink(w, s, S_t, tally)
@@ -1326,7 +1326,7 @@ def main(argv=None):
         if args.silo:       # only rank 0 has the last average
             net.load_state_dict(from_rank_0({name: v.cpu() for name, v in w.items()}))
             w = copy.deepcopy(net.state_dict())
-        models = own_models(args, clients, net, w, wire, train, parts, deal(range(K), load), len(history) + 1)
+        models = own_models(args, clients, net, w, wire, train, parts, deal(range(K), n_trained), len(history) + 1)
         ever = {k for row in history for k in asked(row['round'])}
         try:
             accuracies = personal(args, models, net, w, *test.tensors, labels)
