@@ -384,7 +384,7 @@ def engine(args, net, m, B, cross=None):
     if args.cut: return functools.partial(local_updates, cross=cross)
     if args.engine == 'loop' or why or (args.engine == 'auto' and cpu and slower and not args.compile): return local_updates
     # On a CPU as many as fit its caches; on a GPU as many as 2 GiB hold, at 16 bytes a weight and 1 MiB an example. Even stacks.
-    size = (5 if args.compile else 10) if cpu else max(1, 2**31 // (16 * sum(p.numel() for p in net.parameters()) + B * 2**20))
+    size = (2 if args.compile else 10) if cpu else max(1, 2**31 // (16 * sum(p.numel() for p in net.parameters()) + B * 2**20))
     size = math.ceil(m / math.ceil(m / size))
     return Compiled(args, net, size, B) if args.compile else Stacked(args, net, size)
 
