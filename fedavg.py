@@ -1054,10 +1054,8 @@ def summary(args, history, fp32):
     sent = list(itertools.accumulate((row['up_bytes'] for row in history), initial=0))
     payloads = sum(row['clients'] + row['rejected'] for row in history)
     seconds_up = sum(row['upload_seconds'] for row in history)
-    times = payloads * fp32 / max(sent[-1], 1)
-    than = 'nothing' if not payloads else f'{times:.1f} times smaller than fp32' if times >= 1 else f'{1 / times:.1f} times larger than fp32'
-    print(f'uploaded {sent[-1] / 1e6:.2f} MB, {than}, {seconds_up:.3g} s in all for a '
-          f'client of each round at {args.bandwidth:g} MB/s; downloaded '
+    print(f'uploaded {sent[-1] / 1e6:.2f} MB (fp32: {payloads * fp32 / 1e6:.2f} MB, {payloads * fp32 / max(sent[-1], 1):.1f} times that), '
+          f'{seconds_up:.3g} s in all for a client of each round at {args.bandwidth:g} MB/s; downloaded '
           f'{sum(row["down_bytes"] for row in history) / 1e6:.2f} MB')
     if timed(args):
         print(f'simulated time {sum(row["round_time"] for row in history):.4g}, in units of what the median client takes for its {args.local_ep} '
@@ -1087,7 +1085,7 @@ def device_of(gpu):
     """CUDA device `gpu`, under torchrun the LOCAL_RANK-th from it; the CPU for -1 and, which is said, where there is no CUDA."""
     if gpu == -1: return torch.device('cpu')
     if not torch.cuda.is_available():
-        if os.environ.get('RANK', '0') == '0': print(f'--gpu {gpu}: no CUDA here, so this runs on the CPU')
+        if os.environ.get('RANK', '0') == '0': print('no CUDA here, so this runs on the CPU')
         return torch.device('cpu')
     wanted, there = gpu + int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if wanted >= there:
@@ -1242,8 +1240,8 @@ def main(argv=None):
     train, test, parts = holdings(args, rank)
     K, labels = args.num_users, {k: train.tensors[1][idxs] for k, idxs in parts.items()} if args.personal else {}
     n_k = counts(parts, K, args.silo)
-    print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
-          f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
+    print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {" to ".join(str(n) for n in sorted({n_k.min(), n_k.max()}))} each; '
+          f'{args.model} with {sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
     if args.balance: train, parts = balanced(train, parts, n_k.mean(), args.seed)
     n_trained = counts(parts, K, args.silo)      # n_k, and what --balance has added
     mine = slice(0, len(test) if rank == 0 else 0) if args.silo else slice(rank, None, size)    # of the test set; silos' is rank 0's

@@ -712,7 +712,7 @@ def test_bytes_in_the_log_are_those_of_the_payloads(run, tmp_path, monkeypatch, 
     assert {row['down_bytes'] for row in history} == {3 * (26 + 4 * 199210)}
     assert [float(r['upload_seconds']) for r in read_log(tmp_path / 'l.csv')[1]] == pytest.approx([sum(up[i:i + 3]) / 3 / 2e6 for i in (0, 3, 6)])
     times = 9 * (26 + 4 * 199210) / sum(up)
-    assert f'uploaded {sum(up) / 1e6:.2f} MB, {times:.1f} times smaller than fp32' in capsys.readouterr().out
+    assert f'uploaded {sum(up) / 1e6:.2f} MB (fp32: {9 * 0.796866:.2f} MB, {times:.1f} times that)' in capsys.readouterr().out
 
 def test_megabytes_to_target_are_interpolated_as_the_rounds_are(run, capsys):
     run('--target 0.5 --epochs 60 --local_ep 5 --frac 1')
