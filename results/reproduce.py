@@ -58,7 +58,7 @@ def cost(words):
     """A guess at the milliseconds of a round: the local steps of m clients, which cost more the larger B is, and the evaluation."""
     model, C, E, B, *_ = words.split()[1::2]
     B, m = min(float(B), 600), max(round(float(C) * 100), 1)
-    return m * float(E) * 600 / B * ((0.3 + 0.005 * B) if model == '2nn' else (7 + 0.5 * B)) + (100 if model == '2nn' else 3000)
+    return m * float(E) * 600 / B * ((0.25 + 0.0125 * B) if model == '2nn' else (2 + 0.85 * B)) + (100 if model == '2nn' else 3000)
 
 def run(words, lr, seed, rounds, data_dir):
     """(rounds to the target or '', seconds, test accuracies): one run of the program, at most so many rounds."""
@@ -98,7 +98,8 @@ def tried(table, cell):
 
 def search(table, cell, words, paper, data_dir):
     """The best eta: goes from START along the grid in both directions, as long as the rounds become fewer. None: no eta gets there."""
-    at, done = GRID.index(START[words.split('--local_bs ')[1].split()[0]]), tried(table, cell)
+    E, B, iid = (words.split(f'--{name} ')[1].split()[0] for name in ('local_ep', 'local_bs', 'iid'))
+    at, done = GRID.index(START[B]) - (E != '1' and iid == '0'), tried(table, cell)      # clients that drift apart bear smaller ones
     def rounds(i):
         if GRID[i] not in done:
             most = min([math.ceil(1.5 * (paper or UNKNOWN)), *(math.ceil(v) for v in done.values() if v < math.inf)])     # worse than the best is enough
