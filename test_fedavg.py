@@ -1791,8 +1791,10 @@ def test_eta_is_looked_for_where_rounds_become_fewer(monkeypatch):
         monkeypatch.setattr(reproduce, 'run', run)
         monkeypatch.setattr(reproduce, 'tried', lambda *_: {})
         monkeypatch.setattr(reproduce, 'write', lambda *_: None)
-        assert reproduce.search(4, 'E=1', '--local_bs 10 --iid 1', 92, '') == best
+        assert reproduce.search(4, 'E=1', '--local_ep 1 --local_bs 10 --iid 1', 92, '') == best
         assert asked == ran if ran else sorted(asked) == reproduce.GRID
+        asked.clear()
+        assert reproduce.search(4, 'E=5', '--local_ep 5 --local_bs 10 --iid 0', 92, '') == best and asked[0] == 0.0464
 
 def test_the_readmes_commands_run(tmp_path, run, monkeypatch):
     commands = re.findall(r'python fedavg\.py ?([^#`\n]*)', (HERE / 'README.md').read_text())
