@@ -119,8 +119,9 @@ def shown(rows):
     """A cell's rounds: the mean over the seeds that ran, and their range; its eta."""
     reached = [float(r['rounds']) for r in rows if r['rounds']]
     if not rows: return 'not run'
-    if len(reached) < len(rows): said = f'{len(rows) - len(reached)} of {len(rows)} missed'
-    else: said = f'**{statistics.mean(reached):.1f}**' + (f' ({min(reached):.1f} to {max(reached):.1f})' if len(rows) > 1 else ' (one seed)')
+    spread = f'{min(reached):.1f} to {max(reached):.1f}' if len(reached) > 1 else 'one seed'
+    if len(reached) < len(rows): said = f'{len(rows) - len(reached)} of {len(rows)} missed' + (f' ({spread} of the others)' if len(reached) > 1 else '')
+    else: said = f'**{statistics.mean(reached):.1f}** ({spread})'
     return f'{said}, η {float(rows[0]["lr"]):.3g}' if rows[0]['lr'] else said
 
 def tables():
