@@ -1240,8 +1240,8 @@ def main(argv=None):
     train, test, parts = holdings(args, rank)
     K, labels = args.num_users, {k: train.tensors[1][idxs] for k, idxs in parts.items()} if args.personal else {}
     n_k = counts(parts, K, args.silo)
-    print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {" to ".join(map(str, sorted({n_k.min(), n_k.max()})))} each; '
-          f'{args.model} with {sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
+    print(f'{args.dataset}: {n_k.sum()} training examples; {K} clients with {n_k.min()} to {n_k.max()} each; {args.model} with '
+          f'{sum(p.numel() for p in net.parameters()):,} parameters on {size} x {args.device}')
     if args.balance: train, parts = balanced(train, parts, n_k.mean(), args.seed)
     n_trained = counts(parts, K, args.silo)      # n_k, and what --balance has added
     mine = slice(0, len(test) if rank == 0 else 0) if args.silo else slice(rank, None, size)    # of the test set; silos' is rank 0's

@@ -99,7 +99,7 @@ def tried(table, cell):
 def search(table, cell, words, paper, data_dir):
     """The best eta: goes from START along the grid in both directions, as long as the rounds become fewer. None: no eta gets there."""
     E, B, iid = (words.split(f'--{name} ')[1].split()[0] for name in ('local_ep', 'local_bs', 'iid'))
-    at, done = GRID.index(START[B]) - (E != '1' and iid == '0'), tried(table, cell)      # clients that drift apart bear smaller ones
+    at, done = GRID.index(START[B]) - (E != '1' and iid == '0'), tried(table, cell)      # clients that drift apart mostly bear smaller ones
     def rounds(i):
         if GRID[i] not in done:
             most = min([math.ceil(1.5 * (paper or UNKNOWN)), *(math.ceil(v) for v in done.values() if v < math.inf)])     # worse than the best is enough
