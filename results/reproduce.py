@@ -122,7 +122,7 @@ def shown(rows):
     spread = f'{min(reached):.1f} to {max(reached):.1f}' if len(reached) > 1 else 'one seed'
     if len(reached) < len(rows): said = f'{len(rows) - len(reached)} of {len(rows)} missed' + (f' ({spread} of the others)' if len(reached) > 1 else '')
     else: said = f'**{statistics.mean(reached):.1f}** ({spread})'
-    return f'{said}, η {float(rows[0]["lr"]):.3g}' if rows[0]['lr'] else said
+    return f'{said}, η {float(rows[0]["lr"]):g}' if rows[0]['lr'] else said
 
 def tables():
     """What has been run, as Markdown: a table for each of the paper's and each net, the paper's rounds beside ours."""
