@@ -1796,6 +1796,21 @@ def test_eta_is_looked_for_where_rounds_become_fewer(monkeypatch):
         asked.clear()
         assert reproduce.search(4, 'E=5', '--local_ep 5 --local_bs 10 --iid 0', 92, '') == best and asked[0] == 0.0464
 
+def test_a_cells_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path, data):
+    monkeypatch.syspath_prepend(HERE / 'results')
+    import reproduce
+    monkeypatch.setattr(reproduce, 'HERE', tmp_path)
+    words, done = '--gpu -1 --num_users 10 --frac 0.3 --target 0.999', []
+    whole = reproduce.run(words, 0.1, 0, 4, data)
+    def progress(args, history):
+        done.append(len(history))
+        if len(done) == 2: raise KeyboardInterrupt
+    monkeypatch.setattr(fedavg, 'progress', progress)
+    with pytest.raises(SystemExit): reproduce.run(words, 0.1, 0, 4, data)
+    assert reproduce.run(words, 0.1, 0, 4, data)[::2] == whole[::2] and done == [1, 2, 3, 4]
+    assert reproduce.run(words, 1000, 0, 4, data)[0] == ''      # diverged
+    assert not list(tmp_path.iterdir())
+
 def test_the_readmes_commands_run(tmp_path, run, monkeypatch):
     commands = re.findall(r'python fedavg\.py ?([^#`\n]*)', (HERE / 'README.md').read_text())
     assert len(commands) > 5

@@ -61,20 +61,21 @@ def cost(words):
     return m * float(E) * 600 / B * ((0.25 + 0.0125 * B) if model == '2nn' else (2 + 0.85 * B)) + (100 if model == '2nn' else 3000)
 
 def run(words, lr, seed, rounds, data_dir):
-    """(rounds to the target or '', seconds, test accuracies): one run of the program, at most so many rounds."""
+    """(rounds to the target or '', seconds, test accuracies): one run of the program, at most so many rounds; it goes on where it was stopped."""
     import fedavg
     import torch
     torch._dynamo.reset()       # or --compile gives up after some runs in one process
-    began = time.time()
-    argv = f'{words} --lr {lr} --seed {seed} --epochs {rounds}'.split() + ['--data_dir', data_dir]
-    try: history = fedavg.main(argv)
+    words = f'{words} --lr {lr} --seed {seed}'
+    checkpoint = HERE / (words.replace('--', '').replace(' ', '_') + '.pt')
+    argv = f'{words} --epochs {rounds} --save_every 10 --checkpoint'.split() + [str(checkpoint), '--data_dir', data_dir]
+    try: history = fedavg.main(argv + ['--resume'] * checkpoint.exists())
     except SystemExit as e:         # 1: it diverged
         if e.code != 1: raise
         history = []
-    target = float(words.split()[-1])
+    checkpoint.unlink()
     accuracies = [row['test_acc'] for row in history]
-    reached = fedavg.rounds_to(target, accuracies)
-    return f'{reached:.1f}' if reached else '', f'{time.time() - began:.0f}', accuracies
+    reached = fedavg.rounds_to(float(words.split('--target ')[1].split()[0]), accuracies)
+    return f'{reached:.1f}' if reached else '', f'{sum(row["seconds"] for row in history):.0f}', accuracies
 
 def read(name):
     path = HERE / name
