@@ -61,21 +61,23 @@ def cost(words):
     return m * float(E) * 600 / B * ((0.25 + 0.0125 * B) if model == '2nn' else (2 + 0.85 * B)) + (100 if model == '2nn' else 3000)
 
 def run(words, lr, seed, rounds, data_dir):
-    """(rounds to the target or '', seconds, test accuracies): one run of the program, at most so many rounds; it goes on where it was stopped."""
+    """(rounds to the target or '', seconds since it was last started, test accuracies): one run of the program, at most so many rounds.
+    One that was stopped goes on from results/*.pt; delete these after a change of the program."""
     import fedavg
     import torch
     torch._dynamo.reset()       # or --compile gives up after some runs in one process
     words = f'{words} --lr {lr} --seed {seed}'
     checkpoint = HERE / (words.replace('--', '').replace(' ', '_') + '.pt')
+    began = time.time()
     argv = f'{words} --epochs {rounds} --save_every 10 --checkpoint'.split() + [str(checkpoint), '--data_dir', data_dir]
     try: history = fedavg.main(argv + ['--resume'] * checkpoint.exists())
     except SystemExit as e:         # 1: it diverged
         if e.code != 1: raise
         history = []
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)      # another process may run the cell under the other table's name
     accuracies = [row['test_acc'] for row in history]
     reached = fedavg.rounds_to(float(words.split('--target ')[1].split()[0]), accuracies)
-    return f'{reached:.1f}' if reached else '', f'{sum(row["seconds"] for row in history):.0f}', accuracies
+    return f'{reached:.1f}' if reached else '', f'{time.time() - began:.0f}', accuracies
 
 def read(name):
     path = HERE / name
