@@ -1429,6 +1429,12 @@ def test_dirichlet_goes_from_one_label_a_client_to_all_alike():
 #        Nets and evaluation (f, j)         #
 #############################################
 
+def test_the_papers_cnn_starts_from_glorots_initialisation():
+    w = models.PaperCNNMnist(SimpleNamespace(num_channels=1, num_classes=10)).state_dict()
+    for name, fans in {'conv1': 25 + 32 * 25, 'conv2': 32 * 25 + 64 * 25, 'fc1': 3136 + 512, 'fc2': 512 + 10}.items():
+        v, bound = w[f'{name}.weight'], math.sqrt(6 / fans)
+        assert 0.95 * bound < v.abs().max() <= bound and abs(v.std() / bound - 3**-0.5) < 0.05 and not w[f'{name}.bias'].any()
+
 @pytest.mark.parametrize('name, channels, count', [('2nn', 1, 199210), ('paper_cnn', 1, 1663370), ('paper_cnn', 3, 1068298),
                                                    ('mlp', 1, 159010), ('cnn', 1, 21840), ('cnn', 3, 62006),
                                                    ('separable', 1, 17300), ('separable', 3, 59858)])
