@@ -1817,6 +1817,24 @@ def test_a_cells_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path, data):
     assert reproduce.run(words, 1000, 0, 4, data)[0] == ''      # diverged
     assert not list(tmp_path.iterdir())
 
+def test_what_the_paper_took_and_what_it_took_here_stand_side_by_side(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(HERE / 'results')
+    import reproduce
+    row = lambda rounds, lr='0.0464': {'rounds': rounds, 'lr': lr}
+    said = reproduce.shown
+    assert said([]) == 'not run' and said([row('29.4')]) == '**29.4** (one seed), η 0.0464'
+    assert said([row('29.0'), row('30.0'), row('34.0')]) == '**31.0** (29.0 to 34.0), η 0.0464'
+    assert said([row('29.0'), row(''), row('34.0')]) == '1 of 3 missed (29.0 to 34.0 of the others), η 0.0464'
+    assert said([row('', '')]) == '1 of 1 missed'
+    monkeypatch.setattr(reproduce, 'HERE', tmp_path)
+    words, paper = reproduce.cells()[2, 'E=5,B=10,iid=1']
+    for seed, rounds in ((0, '16.0'), (1, '24.0')): reproduce.write('reproduce.csv', (2, 'E=5,B=10,iid=1', f'--gpu -1 {words}', 0.1, seed, rounds, 9, '', paper))
+    reproduce.tables()
+    lines = capsys.readouterr().out.splitlines()
+    assert '| E=5, B=10 | 20 | **20.0** (16.0 to 24.0), η 0.1 | 229 | not run |' in lines
+    assert '| C=0.1 | 339 | not run | 18 | **20.0** (16.0 to 24.0), η 0.1 | 1100 | not run | 206 | not run |' in lines       # the same cell
+    assert sum(line.startswith(('| C=', '| E=')) for line in lines) == 28 and '| C=1.0 | - | not run | 70 | not run | - | not run | 380 | not run |' in lines
+
 def test_the_readmes_commands_run(tmp_path, run, monkeypatch):
     commands = re.findall(r'python fedavg\.py ?([^#`\n]*)', (HERE / 'README.md').read_text())
     assert len(commands) > 5
