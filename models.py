@@ -46,7 +46,7 @@ class PaperCNNMnist(Net):
     """The paper's MNIST CNN, 1,663,370 parameters (the count of SAME padding, which the text leaves open).
 
     Starts from Glorot and Bengio's uniform weights (2010, equation 16), TensorFlow's default, and biases of 0: from torch's own it takes
-    longer than in the paper, which names none. Of args: num_channels, num_classes.
+    more rounds. Of args: num_channels, num_classes.
     """
     def __init__(self, args):
         super().__init__()
