@@ -1835,6 +1835,31 @@ def test_what_the_paper_took_and_what_it_took_here_stand_side_by_side(monkeypatc
     assert '| C=0.1 | 339 | not run | 18 | **20.0** (16.0 to 24.0), η 0.1 | 1100 | not run | 206 | not run |' in lines       # the same cell
     assert sum(line.startswith(('| C=', '| E=')) for line in lines) == 28 and '| C=1.0 | - | not run | 70 | not run | - | not run | 380 | not run |' in lines
 
+def test_a_settings_rounds_and_megabytes_are_those_of_its_log_and_are_measured_once(monkeypatch, capsys, tmp_path, data):
+    monkeypatch.syspath_prepend(HERE / 'results')
+    import wire
+    small = '--compile 0 --num_users 10 --epochs 3 --quantize 8 --target'
+    row, log = wire.measure(f'{small} 0.3', data, 1, 0)
+    rounds = fedavg.rounds_to(0.3, [float(r['test_acc']) for r in log])
+    assert rounds > 1 and row['rounds'] == f'{rounds:.1f}' and row['megabytes'] == f'{rounds * int(log[0]["up_bytes"]) / 1e6:.2f}'
+    assert wire.measure(f'{small} 1', data, 1, 0)[0]['rounds'] == '' and len(log) == math.ceil(rounds)
+    ran = []
+    def measure(words, data_dir, iid, seed):
+        ran.append((words, seed))
+        reached = {'rounds': '', 'megabytes': ''} if (words, seed) == ('--quantize 1', 0) else {'rounds': f'{20 + 2 * seed}', 'megabytes': '20' if words else '80'}
+        return dict(setting=words, iid=iid, seed=seed, **reached), [{'up_bytes': '5', 'test_acc': '0.5'}, {'up_bytes': '6', 'test_acc': '0.971'}]
+    monkeypatch.setattr(wire, 'measure', measure)
+    monkeypatch.setattr(wire, 'HERE', tmp_path)
+    for seeds in ('0', '01'):       # the second goes on
+        monkeypatch.setattr('sys.argv', ['wire.py', '--iid', '1', '--seeds', *seeds, '--only', '', '--quantize 8', '--quantize 1'])
+        wire.main()
+    assert ran == [(words, seed) for seed in (0, 1) for words in ('', '--quantize 8', '--quantize 1')]
+    assert (tmp_path / 'wire_curves.csv').read_text() == 'setting,iid,up_bytes,accuracies\n,1,5 6,5000 9710\n--quantize 8,1,5 6,5000 9710\n'
+    capsys.readouterr()
+    wire.table(tmp_path / 'wire.csv')
+    lines = capsys.readouterr().out.splitlines()
+    assert '| `--quantize 8` | 21.0 (20.0 to 22.0) | 20.00 | 4.0 | not run |  |  |' in lines and '| `--quantize 1` | 1 of 2 missed |  |  | not run |  |  |' in lines
+
 def test_the_readmes_commands_run(tmp_path, run, monkeypatch):
     commands = re.findall(r'python fedavg\.py ?([^#`\n]*)', (HERE / 'README.md').read_text())
     assert len(commands) > 5
