@@ -1801,6 +1801,10 @@ def test_eta_is_looked_for_where_rounds_become_fewer(monkeypatch):
         assert asked == ran if ran else sorted(asked) == reproduce.GRID
         asked.clear()
         assert reproduce.search(4, 'E=5', '--local_ep 5 --local_bs 10 --iid 0', 92, '') == best and asked[0] == 0.0464
+        if best != 0.1: continue        # it goes on from the best one tried
+        monkeypatch.setattr(reproduce, 'tried', lambda *_: {0.0464: math.inf, 0.1: 1.0})
+        asked.clear()
+        assert reproduce.search(4, 'E=5', '--local_ep 5 --local_bs 10 --iid 0', 92, '') == 0.1 and asked == [0.2154]
 
 def test_a_cells_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path, data):
     monkeypatch.syspath_prepend(HERE / 'results')
@@ -1816,6 +1820,21 @@ def test_a_cells_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path, data):
     assert reproduce.run(words, 0.1, 0, 4, data)[::2] == whole[::2] and done == [1, 2, 3, 4]
     assert reproduce.run(words, 1000, 0, 4, data)[0] == ''      # diverged
     assert not list(tmp_path.iterdir())
+
+def test_a_cell_of_two_tables_is_run_once(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(HERE / 'results')
+    import reproduce
+    monkeypatch.setattr(reproduce, 'HERE', tmp_path)
+    ran = []
+    def run(words, lr, seed, *_):
+        ran.append((lr, seed))
+        return f'{5 + abs(math.log(lr / 0.1)):.1f}', 9, [0.5, 0.99]
+    monkeypatch.setattr(reproduce, 'run', run)
+    for words in ('--table 1 --seeds 1', '--table 2 --seeds 2 --more=--verbose=1', '--seeds 2', '--table 1 --seeds 2'):
+        monkeypatch.setattr('sys.argv', ['reproduce.py', '--cell', 'B=10,iid=0' + (',paper_cnn,C=0.1' if words.startswith('--table 1') else ',E=5'), *words.split()])
+        reproduce.main()
+    assert ran == [(0.0464, 7), (0.0215, 7), (0.1, 7), (0.2154, 7), (0.1, 0), (0.1, 1)]
+    assert [row['table'] for row in reproduce.read('reproduce.csv')] == ['2', '2'] and len(reproduce.read('curves.csv')) == 1
 
 def test_what_the_paper_took_and_what_it_took_here_stand_side_by_side(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(HERE / 'results')

@@ -95,14 +95,20 @@ def machine():
     with open('/proc/cpuinfo') as f: name = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), platform.processor())
     return f'{name}, {torch.get_num_threads()} threads'
 
-def tried(table, cell):
-    """{lr: rounds, inf for a miss} of the cell's grid so far."""
-    return {float(r['lr']): float(r['rounds'] or 'inf') for r in read('eta.csv') if (r['table'], r['cell']) == (str(table), cell)}
+def setting(words):
+    """What of a run's flags makes its cell, which may stand in two tables; --more's, which stand before it, do not."""
+    return words.partition('--model ')[2]
+
+def tried(words):
+    """{lr: rounds, inf for a miss} of the grid so far, of the cell with these flags."""
+    return {float(r['lr']): float(r['rounds'] or 'inf') for r in read('eta.csv') if setting(r['flags']) == setting(words)}
 
 def search(table, cell, words, paper, data_dir):
-    """The best eta: goes from START along the grid in both directions, as long as the rounds become fewer. None: no eta gets there."""
+    """The best eta: goes from START, or the best one tried, along the grid in both directions, as long as the rounds become fewer.
+    None: no eta gets there."""
     E, B, iid = (words.split(f'--{name} ')[1].split()[0] for name in ('local_ep', 'local_bs', 'iid'))
-    at, done = GRID.index(START[B]) - (E != '1' and iid == '0'), tried(table, cell)      # clients that drift apart mostly bear smaller ones
+    done, at = tried(words), GRID.index(START[B]) - (E != '1' and iid == '0')       # clients that drift apart mostly bear smaller ones
+    if done: at = GRID.index(min(done, key=done.get))
     def rounds(i):
         if GRID[i] not in done:
             most = min([math.ceil(1.5 * (paper or UNKNOWN)), *(math.ceil(v) for v in done.values() if v < math.inf)])     # worse than the best is enough
@@ -142,7 +148,7 @@ def tables():
             for at in columns(table):
                 cell = ','.join([group, *(f'{name}={v}' for name, v in at.items())])
                 words, paper = found[table, cell]
-                rows = {r['seed']: r for r in ran if r['flags'].endswith(words)}        # a cell may stand in two tables
+                rows = {r['seed']: r for r in ran if setting(r['flags']) == setting(words)}
                 line += [str(paper or '-'), shown(list(rows.values()))]
             print('| ' + ' | '.join(line).replace('inf', '∞') + ' |')
 
@@ -175,14 +181,17 @@ def main():
     if args.show: return tables()
     if args.figure: return figure()
     parts, data_dir = set((args.cell or '').split(',')) - {''}, os.path.abspath(args.data_dir)
-    chosen = {key: v for key, v in cells().items() if args.table in (None, key[0]) and parts <= set(key[1].split(','))}
-    if not chosen: sys.exit(f'--cell {args.cell}: no such cell; there are ' + '; '.join(cell for table, cell in cells() if args.table in (None, table)))
-    done = {(r['table'], r['cell'], r['seed']) for r in read('reproduce.csv')}
+    found = cells()
+    names = {words: key for key, (words, _) in found.items()}       # of a cell in two tables, the later one's
+    chosen = {names[words]: (words, found[names[words]][1]) for (table, cell), (words, _) in found.items()
+              if args.table in (None, table) and parts <= set(cell.split(','))}
+    if not chosen: sys.exit(f'--cell {args.cell}: no such cell; there are ' + '; '.join(cell for table, cell in found if args.table in (None, table)))
+    done = {(setting(r['flags']), r['seed']) for r in read('reproduce.csv')}
     todo = {}           # {(table, cell): (seeds, a guess at what they cost)}
     for key, (words, paper) in chosen.items():
         n = args.seeds or (1 if 'C=0.0' in key[1] or 'B=inf' in key[1] else 3)
-        seeds = [seed for seed in range(n) if (str(key[0]), key[1], str(seed)) not in done]
-        if seeds: todo[key] = seeds, cost(words) * (paper or UNKNOWN) * (len(seeds) + 4 * (not tried(*key)))       # 4 runs look for eta
+        seeds = [seed for seed in range(n) if (setting(words), str(seed)) not in done]
+        if seeds: todo[key] = seeds, cost(words) * (paper or UNKNOWN) * (len(seeds) + 4 * (not tried(words)))       # 4 runs look for eta
     left, speed = sum(guess for _, guess in todo.values()), []
     for (table, cell), (seeds, guess) in sorted(todo.items(), key=lambda item: item[1][1]):
         (words, paper), began = chosen[table, cell], time.time()
