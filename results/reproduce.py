@@ -8,7 +8,8 @@ where it was stopped. The curves of seed 0 go into results/curves.csv.
 
 A cell's eta is the one of a grid with resolution 10^(1/3) that took the fewest rounds on seed 7, in results/eta.csv; where that has none
 it is looked for first. A run that has not reached the target after 1.5 times the paper's rounds is a miss
-(after 1500 where the paper has a dash).
+(after 1500 where the paper has a dash); its rounds are blank, as those of a run that diverges and, in eta.csv, of one
+that is no better than the best before it. The seconds are those since it was last started.
 """
 import argparse
 import csv

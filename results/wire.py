@@ -74,7 +74,7 @@ def figure():
             axes.plot([v / 1e6 for v in itertools.accumulate(sent)], [v / 100 for v in itertools.accumulate(y, max)], linewidth=1, label=row['setting'] or 'fp32')
         axes.axhline(100 * TARGET, color='gray', linewidth=0.5)
         axes.set(title='IID' if iid else 'non-IID', xlabel='uploaded MB', ylabel='test accuracy, %' if iid else '', xscale='log', ylim=(80, 98))
-        if axes.lines[1:]: axes.legend(fontsize='small')
+        if iid and axes.lines[1:]: axes.legend(fontsize='small')
     picture.savefig(HERE / 'megabytes.png', dpi=100)
 
 def main():
