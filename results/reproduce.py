@@ -155,7 +155,8 @@ def tables():
 
 def figure():
     """The best test accuracy so far against rounds for Table 4's cells, seed 0, into results/rounds.png: a colour for each B, a dash for each E."""
-    from matplotlib.figure import Figure
+    try: from matplotlib.figure import Figure
+    except ImportError: sys.exit('--figure: needs matplotlib, which is not installed; pip install matplotlib')
     picture = Figure((10, 4), layout='constrained')
     colours, dashes = {'10': 'C3', '50': 'C1', 'inf': 'C0'}, {'1': ':', '5': '-.', '10': '--', '20': '-'}
     for iid, axes in zip((1, 0), picture.subplots(1, 2, sharey=True)):
@@ -193,6 +194,7 @@ def main():
         n = args.seeds or (1 if 'C=0.0' in key[1] or 'B=inf' in key[1] else 3)
         seeds = [seed for seed in range(n) if (setting(words), str(seed)) not in done]
         if seeds: todo[key] = seeds, cost(words) * (paper or UNKNOWN) * (len(seeds) + 4 * (not tried(words)))       # 4 runs look for eta
+    if not todo: print('all of it is in results/reproduce.csv already; --show prints it, and rows deleted there are run anew', file=sys.stderr)
     left, speed = sum(guess for _, guess in todo.values()), []
     for (table, cell), (seeds, guess) in sorted(todo.items(), key=lambda item: item[1][1]):
         (words, paper), began = chosen[table, cell], time.time()

@@ -57,15 +57,18 @@ def main():
     parser.add_argument('--data_dir', default='./data')
     parser.add_argument('--teacher', default='teacher.pt')
     parser.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
-    parser.add_argument('--only', nargs='*', default=SETTINGS)
+    parser.add_argument('--only', nargs='*', default=SETTINGS, help='these settings, each in quotes; all of the table if not given')
     parser.add_argument('--show', action='store_true', help='the table of what has been run')
     args = parser.parse_args()
     path = HERE / 'unequal.csv'
     if args.show: return table(path)
-    for seed, words in itertools.product(args.seeds, args.only):
-        if path.exists():
-            with open(path) as f: done = {(row['setting'], row['seed']) for row in csv.DictReader(f)}
-            if (words, str(seed)) in done: continue
+    done = set()
+    if path.exists():
+        with open(path) as f: done = {(row['setting'], row['seed']) for row in csv.DictReader(f)}
+    todo = [(seed, words) for seed, words in itertools.product(args.seeds, args.only) if (words, str(seed)) not in done]
+    if not todo: print('all of it is in results/unequal.csv already; --show prints it, and rows deleted there are run anew', file=sys.stderr)
+    for i, (seed, words) in enumerate(todo):
+        print(f'--- run {i + 1} of {len(todo)}: {words}, seed {seed}', file=sys.stderr, flush=True)
         row = measure(words, os.path.abspath(args.data_dir), os.path.abspath(args.teacher), seed)
         with open(path, 'a', newline='') as f:
             writer = csv.DictWriter(f, COLUMNS, lineterminator='\n')
@@ -74,4 +77,5 @@ def main():
         print(row, flush=True)
 
 if __name__ == '__main__':
-    main()
+    try: main()
+    except KeyboardInterrupt: sys.exit('interrupted; the runs that came to their end are in results/unequal.csv')

@@ -65,7 +65,8 @@ def table(path):
 
 def figure():
     """The best test accuracy so far against uploaded megabytes for the settings DRAWN, seed 0."""
-    from matplotlib.figure import Figure
+    try: from matplotlib.figure import Figure
+    except ImportError: sys.exit('--figure: needs matplotlib, which is not installed; pip install matplotlib')
     picture = Figure((10, 4), layout='constrained')
     for iid, axes in zip((1, 0), picture.subplots(1, 2, sharey=True)):
         for row in read(HERE / 'wire_curves.csv'):
@@ -82,7 +83,7 @@ def main():
     parser.add_argument('--data_dir', default='./data')
     parser.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
     parser.add_argument('--iid', nargs='*', type=int, default=[1, 0])
-    parser.add_argument('--only', nargs='*', default=SETTINGS)
+    parser.add_argument('--only', nargs='*', default=SETTINGS, help='these settings, each in quotes; all of the table if not given')
     parser.add_argument('--show', action='store_true', help='the table of what has been run')
     parser.add_argument('--figure', action='store_true', help='needs matplotlib')
     args = parser.parse_args()
@@ -90,8 +91,10 @@ def main():
     if args.show: return table(path)
     if args.figure: return figure()
     done = {(r['setting'], r['iid'], r['seed']) for r in read(path)}
-    for iid, words, seed in itertools.product(args.iid, args.only, args.seeds):
-        if (words, str(iid), str(seed)) in done: continue
+    todo = [run for run in itertools.product(args.iid, args.only, args.seeds) if (run[1], str(run[0]), str(run[2])) not in done]
+    if not todo: print('all of it is in results/wire.csv already; --show prints it, and rows deleted there are run anew', file=sys.stderr)
+    for i, (iid, words, seed) in enumerate(todo):
+        print(f'--- run {i + 1} of {len(todo)}: {words or "fp32"}, iid {iid}, seed {seed}', file=sys.stderr, flush=True)
         row, log = measure(words, os.path.abspath(args.data_dir), iid, seed)
         write(path, row)
         if seed == 0 and words in DRAWN:
@@ -100,4 +103,5 @@ def main():
         print(row, flush=True)
 
 if __name__ == '__main__':
-    main()
+    try: main()
+    except KeyboardInterrupt: sys.exit('interrupted; the runs that came to their end are in results/wire.csv')
