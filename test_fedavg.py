@@ -1857,6 +1857,10 @@ def test_what_the_paper_took_and_what_it_took_here_stand_side_by_side(monkeypatc
 def test_a_settings_rounds_and_megabytes_are_those_of_its_log_and_are_measured_once(monkeypatch, capsys, tmp_path, data):
     monkeypatch.syspath_prepend(HERE / 'results')
     import wire
+    def here(command, **_):     # in this process, without the seconds of importing torch
+        fedavg.main(command[2:])
+        return SimpleNamespace(stdout=capsys.readouterr().out, stderr='')
+    monkeypatch.setattr(subprocess, 'run', here)
     small = '--compile 0 --num_users 10 --epochs 3 --quantize 8 --target'
     row, log = wire.measure(f'{small} 0.3', data, 1, 0)
     rounds = fedavg.rounds_to(0.3, [float(r['test_acc']) for r in log])
