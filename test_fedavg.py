@@ -1883,6 +1883,19 @@ def test_a_settings_rounds_and_megabytes_are_those_of_its_log_and_are_measured_o
     lines = capsys.readouterr().out.splitlines()
     assert '| `--quantize 8` | 21.0 (20.0 to 22.0) | 20.00 | 4.0 | not run |  |  |' in lines and '| `--quantize 1` | 1 of 2 missed |  |  | not run |  |  |' in lines
 
+def test_the_figures_have_one_curve_of_what_was_run_twice_the_latest(monkeypatch, tmp_path):
+    Figure, drawn = pytest.importorskip('matplotlib.figure').Figure, []
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *_, **__: drawn.append([line.get_ydata()[-1] for line in self.axes[0].lines]))
+    monkeypatch.syspath_prepend(HERE / 'results')
+    import reproduce
+    import wire
+    for module in (reproduce, wire): monkeypatch.setattr(module, 'HERE', tmp_path)
+    for best in ('9000', '9500'):
+        reproduce.write('curves.csv', (4, 'E=1,B=10,iid=1', 0.1, f'8000 {best} 8500'), reproduce.CURVE)
+        wire.write(tmp_path / 'wire_curves.csv', dict(setting='', iid=1, up_bytes='5 5 5', accuracies=f'8000 {best} 8500'))
+    reproduce.figure(), wire.figure()
+    assert drawn == [[95, 97], [95, 97]]        # and the target
+
 def test_the_readmes_commands_run(tmp_path, run, monkeypatch):
     commands = re.findall(r'python fedavg\.py ?([^#`\n]*)', (HERE / 'README.md').read_text())
     assert len(commands) > 5

@@ -160,7 +160,8 @@ def figure():
     picture = Figure((10, 4), layout='constrained')
     colours, dashes = {'10': 'C3', '50': 'C1', 'inf': 'C0'}, {'1': ':', '5': '-.', '10': '--', '20': '-'}
     for iid, axes in zip((1, 0), picture.subplots(1, 2, sharey=True)):
-        for row in sorted(read('curves.csv'), key=lambda row: [float(v.split('=')[1]) for v in row['cell'].split(',')[-3:]]):
+        latest = {(row['table'], row['cell']): row for row in read('curves.csv')}       # of a cell that was run anew
+        for row in sorted(latest.values(), key=lambda row: [float(v.split('=')[1]) for v in row['cell'].split(',')[-3:]]):
             E, B, at = (v.split('=')[1] for v in row['cell'].split(',')[-3:])
             if (row['table'], at) != ('4', str(iid)): continue
             y = list(itertools.accumulate((int(v) / 100 for v in row['accuracies'].split()), max))

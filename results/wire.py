@@ -69,7 +69,7 @@ def figure():
     except ImportError: sys.exit('--figure: needs matplotlib, which is not installed; pip install matplotlib')
     picture = Figure((10, 4), layout='constrained')
     for iid, axes in zip((1, 0), picture.subplots(1, 2, sharey=True)):
-        for row in read(HERE / 'wire_curves.csv'):
+        for row in {(row['setting'], row['iid']): row for row in read(HERE / 'wire_curves.csv')}.values():      # the latest of each
             if row['iid'] != str(iid): continue
             sent, y = ([int(v) for v in row[name].split()] for name in ('up_bytes', 'accuracies'))
             axes.plot([v / 1e6 for v in itertools.accumulate(sent)], [v / 100 for v in itertools.accumulate(y, max)], linewidth=1, label=row['setting'] or 'fp32')
