@@ -1,0 +1,160 @@
+"""What the paper does not have: a room for each subject, a diff on Algorithm 1.
+
+A room is a module with classes that override steps of fedavg.Server or hooks of
+fedavg.LocalUpdate, calling super() where they add to a step and not where they replace it; with
+its flags and their checks. This file says which rooms there are, in which order their classes
+stand, and which flags ask for them. README.md, beside it, has a section for each.
+"""
+import importlib
+import os
+
+import numpy as np
+import torch
+
+ROOMS = ('wire', 'prune', 'engines', 'local', 'privacy', 'secure', 'processes', 'silos',
+         'stragglers', 'widths', 'cut', 'distill', 'personal', 'augment', 'records')
+
+class Room:
+    """The base of the rooms' server classes: the answers to the questions that rooms ask one
+    another, if no room has a better one. Those that refine an answer call super()."""
+    size = 1                # processes
+    silo = False            # whether each process is one client, with data of its own
+    gathers = False         # whether updates go to the first process before they are added up
+    keeps = False           # whether clients keep something from round to round
+    least = 2               # clients of a secure sum, below which it would reveal an update
+
+    def state(self):
+        """What a run needs to go on, {class name: what torch.load(weights_only=True) takes}."""
+        return {'w': self.w, 'history': self.history}
+
+    def load(self, state):
+        """Goes on from a state(), {} for a new run. Runs before prepare()."""
+        if state:
+            self.net.load_state_dict(state['w'])
+            self.history = list(state['history'])
+
+    def notes(self):
+        """What the log's first line holds beside the flags, {name: value}."""
+        return {}
+
+    def nets(self):
+        """The nets that clients train."""
+        return [self.net]
+
+    def kind(self, k):
+        """A number that clients have in common if the same values cross for them."""
+        return 0
+
+    def crosses(self, k, r):
+        """Which values of flat(w) go between the server and client k, (d,) bool. A room narrows
+        it: super().crosses(k, r) & its own."""
+        return torch.ones(sum(v.numel() for v in self.w.values() if v.is_floating_point()),
+                          dtype=torch.bool)
+
+    def transmit(self, payload, x, k, r):
+        """What arrives of client k's payload, which encodes x: all of it."""
+        return payload
+
+    def keep(self, u, x, payload, r):
+        """What client u.k keeps if its update is accepted, {name: tensor}; x is what it meant to
+        send, encoded as payload."""
+        return {}
+
+    def post(self, k, payload, r):
+        """Hands a payload of the server to client k, and counts it."""
+        if self.rank == 0:
+            r.tally['down_bytes'] += len(payload)
+
+    def lent(self, k):
+        """What client k keeps, for the process that trains it, {name: tensor}."""
+        return {}
+
+    def borrow(self, lent):
+        """Takes over, for this round, what the first process has lent: {k: lent(k)}."""
+
+    def share(self, S_t):
+        """The clients of S_t, {k: E}, that this process trains: all."""
+        return S_t
+
+    def collect(self, messages, r):
+        """The messages of all clients, as Updates whose w is a payload, at the server."""
+        return messages
+
+    def from_rank_0(self, value):
+        """The first process's value, in every process."""
+        return value
+
+    def counts(self, parts):
+        """How many examples each client has in parts, {k: indices}: (K,)."""
+        return np.array([len(parts.get(k, ())) for k in range(self.K)])
+
+    def cost(self, k):
+        """The examples that client k works through in an epoch."""
+        return int(self.n_k[k])
+
+    def sent_by(self, stage):
+        """Whether a client that is lost at this stage (stragglers.lose) has sent its update."""
+        return False
+
+    def bound(self):
+        """The largest magnitude of a value of w_k - w."""
+        return self.args.range or 1.0
+
+    def allows(self, rounding):
+        """Whether a term of a secure sum may become so much longer by rounding."""
+        return True
+
+    def bounded(self, v, rounding):
+        """v, (d,), as a client may send it, which rounding lengthens by so much at most."""
+        return v
+
+def rooms():
+    """The rooms' modules."""
+    return [importlib.import_module(f'beyond.{name}') for name in ROOMS]
+
+def chosen(args):
+    """(server classes, client classes) that the flags ask for, outermost first."""
+    from beyond import (augment, cut, distill, engines, local, personal, privacy, processes, prune,
+                        records, secure, silos, stragglers, widths, wire)
+    torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
+    servers = (
+        (records.Records, True),
+        (stragglers.Lossy, args.drop),
+        (stragglers.Timed, True),
+        (stragglers.Corrupt, args.corrupt),
+        (silos.Silos, torchrun and args.silo),
+        (processes.Processes, torchrun and not args.silo),
+        (personal.Personal, args.personal),
+        (personal.PersonalLayers, args.personal == 'layers'),
+        (privacy.PrivateServer, args.dp == 'user'),
+        (privacy.PrivateExamples, args.dp == 'example'),
+        (widths.Widths, args.widths),
+        (cut.Cut, args.cut),
+        (prune.Pruned, args.prune),
+        (secure.Secure, args.secagg),
+        (wire.Feedback, args.topk and args.error_feedback),
+        (wire.Wire, True),
+        (engines.Stacked, engines.wanted(args)),
+        (augment.Augmented, args.augment),
+        (distill.Distilled, args.teacher),
+        (augment.Balanced, args.balance))
+    clients = (
+        (privacy.PrivateClient, args.dp == 'example'),
+        (cut.CutClient, args.cut),
+        (prune.PrunedClient, args.prune),
+        (local.Proximal, args.mu),
+        (local.AdamW, args.optimizer == 'adamw'),
+        (distill.DistilledClient, args.teacher),
+        (augment.AugmentedClient, args.augment))
+    return [[cls for cls, asked in table if asked] for table in (servers, clients)]
+
+def assembled(args, classes, Server, LocalUpdate):
+    """The server for args: Server and its Client, with the rooms that the flags ask for, and just
+    inside the outermost one, Records, the user's own classes."""
+    hooks = {name for name in vars(LocalUpdate) if not hasattr(Server, name)}
+    mine = [cls for cls in classes if issubclass(cls, LocalUpdate) or hooks & set(vars(cls))]
+    others = [cls for cls in classes if cls not in mine]
+    (outermost, *servers), clients = chosen(args)
+    Client = type('Client', (*mine, *clients, LocalUpdate), {'stacks': True})
+    bases = (outermost, *others, *servers, Room, Server)
+    return type('Server', bases, {'Client': Client})(args)

@@ -1,0 +1,19 @@
+"""A state_dict as one vector, and back: what goes over the wire, is clipped, masked or pruned."""
+import torch
+
+def flat(w):
+    """The floating point tensors of the state_dict w, weights and buffers, as one vector on the
+    CPU, (d,) float32."""
+    return torch.cat([v.detach().flatten().float()
+                      for v in w.values() if v.is_floating_point()]).cpu()
+
+def shaped(vector, w):
+    """{name: its part of vector, (d,), in its shape, on its device} for w's float tensors."""
+    like = {name: v for name, v in w.items() if v.is_floating_point()}
+    vector = vector.to(next(iter(like.values())).device)
+    parts = vector.split([v.numel() for v in like.values()])
+    return {name: part.view(v.shape) for (name, v), part in zip(like.items(), parts)}
+
+def unflat(vector, w):
+    """The state_dict like w with its floating point tensors from vector, (d,)."""
+    return w | {name: v.to(w[name].dtype) for name, v in shaped(vector, w).items()}

@@ -1,0 +1,53 @@
+"""Other ways to train locally: FedProx's proximal term, AdamW."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fedavg
+from beyond.local import AdamW, Proximal
+from test_fedavg import client_args, data, final, run, same, toy      # noqa: F401
+
+def client(room, **more):
+    """A client of toy()'s examples with one room's hooks, and its net."""
+    dataset, net = toy()
+    Client = type('Client', (room, fedavg.LocalUpdate), {})
+    return Client(client_args(**more), dataset, range(12)), net
+
+def test_fedprox_pulls_each_step_towards_the_start():
+    proximal, net = client(Proximal, local_bs=math.inf, local_ep=3, mu=0.5)
+    w, _ = proximal.train(net)
+    by_hand = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    start = [p.detach().clone() for p in net.parameters()]
+    for _ in range(3):
+        loss = F.cross_entropy(F.linear(proximal.x, *by_hand), proximal.y)
+        loss = loss + 0.25 * sum((p - p_0).square().sum() for p, p_0 in zip(by_hand, start))
+        for p, g in zip(by_hand, torch.autograd.grad(loss, by_hand)):
+            p.data -= 0.1 * g
+    for v, p in zip(w.values(), by_hand):
+        torch.testing.assert_close(v, p.detach())
+
+@pytest.mark.parametrize('engine', ['loop', 'stacked'])
+def test_mu_reaches_the_run(run, engine):       # noqa: F811
+    words = f'--epochs 1 --local_ep 2 --engine {engine}'
+    plain, near, far = (final(run, f'{words} --mu {mu}') for mu in (0, 0.001, 5))
+    w_0 = final(run, '--epochs 1 --lr 1e-30')
+    def moved(w):
+        return sum((w[name] - v).square().sum() for name, v in w_0.items())
+    assert not same(plain, near) and moved(far) < 0.7 * moved(near) < moved(plain)
+
+def test_adamws_first_step_is_lr_in_each_coordinate():
+    adamw, net = client(AdamW, local_bs=math.inf)
+    w, _ = adamw.train(net, lr=0.02)
+    decayed = net.bias * (1 - 0.02 * 0.01)
+    torch.testing.assert_close((w['bias'] - decayed).abs(), torch.full((3,), 0.02), rtol=1e-4,
+                               atol=0)
+
+def test_adamw_starts_each_round_afresh():
+    adamw, net = client(AdamW, local_bs=4)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(adamw.train(net)[0])
+    assert same(*results)
