@@ -17,14 +17,13 @@ Networks from Decentralized Data", AISTATS 2017 (arXiv 1602.05629).
     ClientUpdate(k, w):  for E epochs, for each batch b of B examples of client k:
                              w = w - lr grad loss(w; b)
 
-Server has a method for each line of the server, and main() is its loop. What the paper does not
-have lies in beyond/, in classes that override these methods; without it this file runs as it is.
+Server has a method for each line of the server, and main() is its loop. The classes in beyond/
+override these methods, also to train clients side by side; a run's first lines name those in use.
 """
 import collections
 import copy
 import importlib.util
 import math
-import os
 import sys
 import time
 import weakref
@@ -32,32 +31,32 @@ import weakref
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
 ######################################## ClientUpdate ########################################
 class LocalUpdate:
     """ClientUpdate(k, w): E epochs of SGD in batches of B over the examples that client k holds.
     args: needs local_ep (E), local_bs (B, math.inf for all at once), lr, momentum and device.
-    dataset: any map-style (float32 image tensor, label) data set; its examples are read once.
-    idxs: the client's indices into it. Raises ValueError if there are none.
-    The methods after train() are hooks, one for each step of it, for subclasses to override.
-    """
-    stacks = True       # whether parameters may be those of m clients at once, (m, ...), for hooks
+    dataset: any map-style (float32 image tensor, label) data set; it is read once, or, if it has
+    a random transform, for each batch. idxs: the client's indices into it. Raises ValueError if
+    there are none, or one of them or a label is not a whole number. Subclasses override steps."""
+    stacks = True       # the hooks also accept parameters stacked over m clients, (m, ...)
     def __init__(self, args, dataset, idxs):
         self.args = args
-        self.x, self.y = examples(dataset, idxs, args.device)       # (n_k, ...), (n_k,)
+        self.images, self.y = examples(dataset, idxs, args.device)  # b -> (B, ...); (n_k,)
 
     def train(self, net, lr=None, epochs=None):
-        """(state_dict, mean loss per example) after training from net's weights; net stays.
-        lr and epochs, which may be a fraction, are those of args if not given."""
+        """(state_dict, mean loss per example) after training from net, which is left unchanged.
+        lr and epochs, which may be a fraction, default to those of args."""
         start = [p.detach() for p in net.parameters()]
         net = self.model(net)
         parameters = list(net.parameters())
         optimizer = self.optimizer(parameters, self.args.lr if lr is None else lr)
-        total, seen = torch.zeros((), device=self.x.device), 0
-        for b in self.batches(len(self.y), epochs or self.args.local_ep, self.args.local_bs):
+        E = self.args.local_ep if epochs is None else epochs
+        total, seen = torch.zeros((), device=self.y.device), 0
+        for b in self.batches(len(self.y), E, self.args.local_bs):
             optimizer.zero_grad()
-            loss = self.gradient(net, self.transform(self.x[b]), self.y[b])
+            loss = self.gradient(net, self.transform(self.images(b)), self.y[b])
             with torch.no_grad():
                 self.adjust(parameters, start)
                 optimizer.step()
@@ -75,14 +74,16 @@ class LocalUpdate:
         return torch.optim.SGD(parameters, lr=lr, momentum=self.args.momentum)
 
     def batches(self, n_k, E, B):
-        """The indices of each batch of E epochs, (B,); of a fraction of an epoch, whole batches."""
+        """The indices of each batch of E epochs, (B,); a fraction of an epoch is whole batches."""
+        if E <= 0 or B < 1:
+            raise ValueError(f'local_ep {E}, local_bs {B}: E is above 0, B at least 1')
         B = min(B, n_k)
         shuffles = torch.stack([torch.randperm(n_k) for _ in range(math.ceil(E))])
-        batches = [b for shuffle in shuffles.to(self.x.device) for b in shuffle.split(B)]
-        return batches[:int(E * math.ceil(n_k / B) + 1e-9)]
+        batches = [b for shuffle in shuffles.to(self.y.device) for b in shuffle.split(B)]
+        return batches[:int(E * math.ceil(n_k / B) + 1e-9)]     # 1e-9: 0.29 * 100 is below 29
 
     def transform(self, x):
-        """What the net sees of the images x, (B, ...): all."""
+        """Preprocesses the images x, (B, ...); here they stay as they are."""
         return x
 
     def gradient(self, net, x, y):
@@ -101,52 +102,60 @@ class LocalUpdate:
     def project(self, parameters):
         """Changes the parameters after a step."""
 
-READ = weakref.WeakKeyDictionary()      # {data set: {(indices, device): tensors}}
-
+READ = weakref.WeakKeyDictionary()      # {data set: {(indices, device): (images, labels)}}
 def examples(dataset, idxs, device):
-    """The images (n, ...) and labels (n,) at idxs as tensors on the device."""
-    idxs = torch.from_numpy(np.fromiter(idxs, np.int64))
-    if not len(idxs):
-        raise ValueError('a client without examples cannot train; leave it out of S_t')
+    """(images, labels (n,)) of idxs, on the device; images(b) are those at b, (B, ...)."""
+    idxs = np.asarray(list(idxs))
+    if not len(idxs) or idxs.dtype.kind not in 'iu':
+        raise ValueError('idxs are whole numbers; a client without any cannot train')
+    def read(at=slice(None)):
+        x, y = default_collate([dataset[i] for i in idxs[at].tolist()])
+        return x.to(device), y.to(device)
     if isinstance(dataset, TensorDataset):
-        x, y = (v[idxs.to(v.device)].to(device) for v in dataset.tensors)
-        return x, y if y.is_floating_point() else y.long()
-    read = {} if isinstance(dataset, list) else READ.setdefault(dataset, {})
-    key = idxs.numpy().tobytes(), str(device)
-    if key not in read:
-        x, y = zip(*(dataset[i] for i in idxs.tolist()))
-        x = torch.stack([torch.as_tensor(v) for v in x]).to(device)
-        read[key] = x, torch.tensor([int(v) for v in y], device=device)
-    return read[key]
+        x, y = (v[torch.from_numpy(idxs).to(v.device)].to(device) for v in dataset.tensors)
+    else:
+        known = {} if isinstance(dataset, (list, tuple)) else READ.setdefault(dataset, {})
+        key = idxs.tobytes(), str(device)
+        if key not in known:
+            (x, y), *again = (read() for _ in range(2 + 64 // len(idxs)))
+            random = any(not torch.equal(x, other) for other, _ in again)
+            known[key] = None if random else x, y
+        x, y = known[key]       # no x where a transform is random: each batch is read anew
+    if y.dim() == 1 and (y != y.long()).any():
+        raise ValueError('labels are whole numbers')
+    images = (lambda b: read(b.cpu().numpy())[0]) if x is None else x.__getitem__
+    return images, y.long() if y.dim() == 1 else y
 
 ################################### Averaging and evaluation ##################################
-# From client k: w_k, its weight n_k, its mean loss; what it keeps is of use in beyond/ alone.
+# From client k: w_k, its weight n_k, its mean loss; only beyond/ uses kept, what it remembers.
 Update = collections.namedtuple('Update', 'k w n loss kept', defaults=({},))
 
 def FedAvg(w, n=None, all_sum=lambda tensors: None):
     """The weighted mean of state_dicts, sum of n_k w_k over sum of n_k (Algorithm 1, last line).
     w: state_dicts with their n_k in n (without n the plain mean), or Updates; read one by one.
-    Floating point tensors, buffers too, are averaged (summed in float64); others are the first's.
-    The result shares no memory with its terms; None if there are none, or their n_k add up to 0.
-    all_sum: adds a list of tensors up over all processes, in place. Raises ValueError if keys,
-    shapes or lengths differ, TypeError for terms of another type, such as train()'s result."""
+    Floating point tensors, buffers too, are averaged (summed in float64), others copied from the
+    first. The result shares no memory with its terms; None if there are none, or the n_k sum to 0.
+    all_sum: sums a list of tensors over all processes, in place; each process needs a term.
+    Raises ValueError for other keys, shapes or lengths, no floats, or an n_k below 0 or not
+    finite; TypeError for terms of another type, such as train()'s result."""
     first, total, m_t = None, {}, 0.0
-    plain = ((u.w, u.n) if isinstance(u, Update) else (u, 1) for u in w)
-    for w_k, n_k in plain if n is None else zip(w, n, strict=True):
-        if not isinstance(w_k, dict):
+    updates = ((u.w, u.n) if isinstance(u, Update) else (u, 1) for u in w)
+    for w_k, n_k in updates if n is None else zip(w, n, strict=True):
+        if not isinstance(w_k, dict) or not all(map(torch.is_tensor, w_k.values())):
             raise TypeError(f'FedAvg averages state_dicts or Updates, not a {type(w_k).__name__}')
+        if n is not None and not 0 <= n_k < math.inf:
+            raise ValueError(f'n_k {n_k}: a weight is finite and at least 0')
         if first is None:
             first = copy.deepcopy(w_k)
             total = {name: torch.zeros_like(v, dtype=torch.float64)
                      for name, v in first.items() if v.is_floating_point()}
-        if {a: v.shape for a, v in w_k.items()} != {a: v.shape for a, v in first.items()}:
-            raise ValueError('the state_dicts to be averaged differ in their keys or shapes')
+        if not total or {a: v.shape for a, v in w_k.items()} != {
+                a: v.shape for a, v in first.items()}:
+            raise ValueError('the state_dicts differ in their keys or shapes, or hold no floats')
         for name, v in total.items():
             v.add_(w_k[name].double(), alpha=float(n_k))
         m_t += float(n_k)
-    if not total:
-        return first
-    m_t = next(iter(total.values())).new_tensor(m_t)
+    m_t = next(iter(total.values()), torch.zeros(1)).new_tensor(m_t)
     all_sum([m_t, *total.values()])
     for name, v in total.items() if m_t else ():
         first[name].copy_(v / m_t)
@@ -154,19 +163,15 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
 
 @torch.no_grad()
 def evaluate(net, x, y, bs, all_sum=lambda tensors: None):
-    """(mean loss, accuracy in [0, 1]) of net on x (n, ...), y (n,), bs at a time; net's weights
-    and modes stay. all_sum: as FedAvg's; x and y are then the share of one process."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    """(mean loss, accuracy in [0, 1]) of net on x (n, ...), y (n,), bs at a time; net is
+    left unchanged. all_sum: as FedAvg's; x and y are then one process's share."""
+    net = copy.deepcopy(net).eval()
     logits = torch.cat([net(xb) for xb in x.split(bs)])             # (n, classes)
-    for module, mode in modes:
-        module.training = mode
     losses = F.cross_entropy(logits, y, reduction='none').double()
     right = (logits.argmax(1) == y).double()
     sums = torch.stack([losses.sum(), right.sum(), torch.ones_like(right).sum()])
     all_sum([sums])
-    loss, right, n = sums.tolist()
-    return loss / n, right / n
+    return tuple((sums[:2] / sums[2]).tolist())
 
 def rounds_to(target, accuracies):
     """Rounds to the target accuracy, or None: best so far, linearly interpolated (Section 3)."""
@@ -177,7 +182,7 @@ def rounds_to(target, accuracies):
 
 ########################################## The server #########################################
 class Round:
-    """Round t, and what its steps leave for one another: S_t, {k: E}, and a tally."""
+    """Round t, and what its steps leave for one another: S_t, {k: its epochs}, and a tally."""
     def __init__(self, t):
         self.t, self.began, self.tally = t, time.perf_counter(), collections.Counter()
 
@@ -186,10 +191,10 @@ class Stop(Exception):
 
 class Server:
     """Algorithm 1's server. Its steps do not call one another; main() does."""
-    Client, Update, Round, Stop = LocalUpdate, Update, Round, Stop
-    rank = 0            # this process: the first one prints, and counts what all of them know
+    Client, Update, Round, Stop = LocalUpdate, Update, Round, Stop      # as rooms find them
     evaluate = staticmethod(evaluate)
-    all_sum = staticmethod(lambda tensors: None)    # adds them up over all processes: there is one
+    rank = 0            # this process: the first one prints, and counts what all of them know
+    all_sum = staticmethod(lambda tensors: None)    # sums over all processes: there is one
     def __init__(self, args):
         from models import build
         from sampling import seed_torch
@@ -202,9 +207,7 @@ class Server:
         *sets, self.parts, self.n_k = self.holdings()               # {k: indices}, (K,)
         self.train_set, self.test_set = (
             TensorDataset(*(v.to(self.args.device) for v in data.tensors)) for data in sets)
-        self.net.to(self.args.device)
-        if self.args.device.type == 'cpu':
-            self.net.to(memory_format=torch.channels_last)          # faster convolutions
+        self.net.to(self.args.device, memory_format=torch.channels_last)    # faster convolutions
         self.w = copy.deepcopy(self.net.state_dict())
 
     def holdings(self):
@@ -213,7 +216,7 @@ class Server:
         return holdings(self.args, self.K)
 
     def select(self, r):
-        """S_t, {k: E}: m = max(C K, 1) clients at random."""
+        """S_t: m = max(C K, 1) clients at random, {k: E}, as stragglers may do fewer epochs."""
         from sampling import rng, select
         S_t = select(self.K, self.args.frac, rng(self.args.seed, 'select', r.t))
         return dict.fromkeys(S_t.tolist(), self.args.local_ep)
@@ -254,20 +257,19 @@ class Server:
             yield u
 
     def average(self, updates, w, r):
-        """The next w: sum over S_t of (n_k / m_t) w_k; w again if no update came."""
+        """The next w: sum over S_t of (n_k / m_t) w_k; or w if no update arrived."""
         return FedAvg(updates, all_sum=self.all_sum) or w
 
     def measure(self, w, r):
         """The row of round t: w's loss and accuracy on the test set, and what was counted."""
         self.net.load_state_dict(w)
         loss, acc = evaluate(self.net, *self.test_set.tensors, self.args.bs, self.all_sum)
-        m_t, clients = r.tally['m_t'], int(r.tally['clients'])
-        return dict(round=r.t, train_loss=r.tally['loss'] / m_t if m_t else math.nan,
-                    test_loss=loss, test_acc=acc, clients=clients,
-                    seconds=time.perf_counter() - r.began)
+        train_loss = r.tally['loss'] / r.tally['m_t'] if r.tally['m_t'] else math.nan
+        return dict(round=r.t, train_loss=train_loss, test_loss=loss, test_acc=acc,
+                    clients=int(r.tally['clients']), seconds=time.perf_counter() - r.began)
 
     def end(self, w, row, r):
-        """Round t is over and w the model. What belongs to the run changes here alone."""
+        """Ends round t. The state of the run changes here alone, all at once."""
         self.w, self.history = w, self.history + [row]
 
     def describe(self, row):
@@ -283,30 +285,29 @@ class Server:
         """Rounds to --target, or None. first: the first round whose accuracy counts."""
         accuracies = [row['test_acc'] for row in self.history[first - 1:]]
         rounds = rounds_to(self.args.target or math.inf, accuracies)
-        return rounds and first - 1 + rounds
+        return None if rounds is None else first - 1 + rounds
 
     def summary(self):
         """The lines that are printed at the end."""
         best, rounds = max(self.history, key=lambda row: row['test_acc']), self.reached()
-        target = f'rounds to {100 * (self.args.target or 0):.2f} %: ' + (
-            f'{rounds:.1f}' if rounds else f'not reached in {len(self.history)} rounds')
-        return [f'best test accuracy {100 * best["test_acc"]:.2f} % (round {best["round"]})',
-                *[target] * bool(self.args.target)]
+        lines = [f'best test accuracy {100 * best["test_acc"]:.2f} % (round {best["round"]})']
+        if self.args.target:
+            found = f'{rounds:.1f}' if rounds else f'not reached in {len(self.history)} rounds'
+            lines.append(f'rounds to {100 * self.args.target:.2f} %: {found}')
+        return lines
 
     def finish(self, code):
         """Prints what came of it; returns the exit code."""
         print('\n'.join(self.summary() if self.history else []), flush=True)
         return code
 
-######################################### Algorithm 1 #########################################
 def main(argv=None, *classes):
-    """Algorithm 1 for the flags in argv (None: the command line); a row for each round.
-    classes: your own, with methods that override those of Server or LocalUpdate."""
+    """The rows of Algorithm 1 for the flags in argv (None: sys.argv), with your own classes."""
     from options import fail
     try:
         server = assembled(argv, classes)
         server.prepare()
-    except (OSError, ValueError) as e:          # data or a net that cannot be had
+    except (OSError, ValueError) as e:          # data or a net that cannot be loaded
         fail(e, everyone=True)
     w, code = server.w, 0
     try:
@@ -317,8 +318,9 @@ def main(argv=None, *classes):
             r.S_t = S_t = server.select(r)                  # m = max(C K, 1) clients at random
             w_t = server.send(w, S_t, r)                    # w as they receive it
             updates = server.train(w_t, S_t, r)             # w_k = ClientUpdate(k, w)
-            updates = server.receive(updates, w_t, r)       # nothing has trained yet:
-            w = server.average(updates, w_t, r)             # the average asks for one at a time
+            updates = server.receive(updates, w_t, r)       # as they reach the server
+            w = server.average(updates, w_t, r)             # sum over S_t of (n_k / m_t) w_k
+            # updates are generators: a client trains when the average asks for its update.
             row = server.measure(w, r)                      # test loss and accuracy
             server.end(w, row, r)
             print(server.describe(row), flush=True)
@@ -326,9 +328,7 @@ def main(argv=None, *classes):
         line, code = stop.args or (f'\ninterrupted after round {len(server.history)}', 130)
         print(line, file=sys.stderr if code == 1 and server.rank == 0 else sys.stdout)
     code = server.finish(code)
-    if code:
-        sys.exit(code)
-    return server.history
+    return sys.exit(code) if code else server.history
 
 def assembled(argv, classes):
     """The server for the flags in argv, of classes and the rooms of beyond/ that they ask for."""
@@ -338,13 +338,13 @@ def assembled(argv, classes):
     args = args_parser(argv, beyond.rooms() if beyond else ())
     args.device = device(args.gpu)
     args.shape, args.num_channels, args.num_classes = shape(args.dataset, args.data_dir)
-    if not beyond:
-        return type('Server', (*classes, Server), {})(args)
-    return beyond.assembled(args, classes, Server, LocalUpdate)
+    hooks = set(vars(LocalUpdate)) - set(dir(Server))
+    mine = [cls for cls in classes if issubclass(cls, LocalUpdate) or hooks & set(vars(cls))]
+    others = [cls for cls in classes if cls not in mine]
+    outermost, servers, clients = beyond.chosen(args) if beyond else ([], [], [])
+    Client = type('Client', (*mine, *clients, LocalUpdate), {'stacks': True})
+    return type('Server', (*outermost, *others, *servers, Server), {'Client': Client})(args)
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (KeyboardInterrupt, BrokenPipeError) as e:   # before round 1; or `head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(130 if isinstance(e, KeyboardInterrupt) else 141)
+    from options import run
+    run(main)

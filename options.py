@@ -37,6 +37,15 @@ def fail(message, everyone=False):
         print(f'fedavg.py: error: {message}', file=sys.stderr)
     sys.exit(2)
 
+def run(main):
+    """Runs main as a script; Ctrl-C before round 1, and `head` that has read enough, end it
+    quietly."""
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenPipeError) as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(130 if isinstance(e, KeyboardInterrupt) else 141)
+
 class Parser(argparse.ArgumentParser):
     """argparse with one line for an error, and a suggestion for a flag that does not exist."""
     def error(self, message):

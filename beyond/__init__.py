@@ -113,7 +113,8 @@ def rooms():
     return [importlib.import_module(f'beyond.{name}') for name in ROOMS]
 
 def chosen(args):
-    """(server classes, client classes) that the flags ask for, outermost first."""
+    """The classes that the flags ask for, outermost first: ([the outermost of the server], [its
+    others], [the clients'])."""
     from beyond import (augment, cut, distill, engines, local, personal, privacy, processes, prune,
                         records, secure, silos, stragglers, widths, wire)
     torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
@@ -146,15 +147,6 @@ def chosen(args):
         (local.AdamW, args.optimizer == 'adamw'),
         (distill.DistilledClient, args.teacher),
         (augment.AugmentedClient, args.augment))
-    return [[cls for cls, asked in table if asked] for table in (servers, clients)]
-
-def assembled(args, classes, Server, LocalUpdate):
-    """The server for args: Server and its Client, with the rooms that the flags ask for, and just
-    inside the outermost one, Records, the user's own classes."""
-    hooks = {name for name in vars(LocalUpdate) if not hasattr(Server, name)}
-    mine = [cls for cls in classes if issubclass(cls, LocalUpdate) or hooks & set(vars(cls))]
-    others = [cls for cls in classes if cls not in mine]
-    (outermost, *servers), clients = chosen(args)
-    Client = type('Client', (*mine, *clients, LocalUpdate), {'stacks': True})
-    bases = (outermost, *others, *servers, Room, Server)
-    return type('Server', bases, {'Client': Client})(args)
+    (outermost, *servers), clients = ([cls for cls, asked in table if asked]
+                                      for table in (servers, clients))
+    return [outermost], [*servers, Room], clients

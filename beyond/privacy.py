@@ -191,7 +191,7 @@ class PrivateClient:
         """The usual number of batches, in each of which an example is with probability B / n_k."""
         B = min(B, n_k)
         for _ in range(int(E * math.ceil(n_k / B) + 1e-9)):
-            yield (torch.rand(n_k) < B / n_k).nonzero().flatten().to(self.x.device)
+            yield (torch.rand(n_k) < B / n_k).nonzero().flatten().to(self.y.device)
 
     def gradient(self, net, x, y):
         """Leaves (the sum of each example's gradient clipped to S, and noise of deviation z S) / B

@@ -142,7 +142,8 @@ def final_of(run, words, *classes):     # noqa: F811
     return seen[-1]
 
 @pytest.mark.parametrize('Own', [Unsaid, OwnTrain])
-def test_clients_that_do_not_say_that_they_stack_train_one_by_one(run, capsys, Own):     # noqa: F811
+def test_clients_that_do_not_say_that_they_stack_train_one_by_one(
+        run, capsys, Own):      # noqa: F811
     w = final_of(run, '--epochs 1', Own)
     out = capsys.readouterr().out
     assert f'one after the other, as {Own.__name__} does not say' in out

@@ -21,7 +21,7 @@ def test_fedprox_pulls_each_step_towards_the_start():
     by_hand = [p.detach().clone().requires_grad_() for p in net.parameters()]
     start = [p.detach().clone() for p in net.parameters()]
     for _ in range(3):
-        loss = F.cross_entropy(F.linear(proximal.x, *by_hand), proximal.y)
+        loss = F.cross_entropy(F.linear(proximal.images(slice(None)), *by_hand), proximal.y)
         loss = loss + 0.25 * sum((p - p_0).square().sum() for p, p_0 in zip(by_hand, start))
         for p, g in zip(by_hand, torch.autograd.grad(loss, by_hand)):
             p.data -= 0.1 * g

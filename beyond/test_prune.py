@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import compress
 import fedavg
 from beyond.prune import Pruned, PrunedClient, unpruned
 from beyond.test_wire import sent, server
@@ -90,3 +91,11 @@ def test_fedprox_and_the_mask_meet_in_both_engines(run):        # noqa: F811
     words = '--prune 0.5 --prune_end 2 --mu 0.5 --momentum 0.5 --engine'
     loop, stacked = (final(run, f'{words} {engine}') for engine in ('loop', 'stacked'))
     assert all((loop[name] - v).norm() <= 1e-5 * v.norm() for name, v in stacked.items())
+
+def test_sparsity_is_zhu_and_guptas_cubic():
+    s = [compress.sparsity(t, 0.8, 2, 6) for t in (0, 2, 4, 6, 9)]
+    assert s == pytest.approx([0, 0, 0.8 * 7 / 8, 0.8, 0.8])
+    stay = compress.prune(torch.tensor([3.0, -1, 0.5, -4, 1]), 0.6)
+    assert stay.tolist() == [True, False, False, True, False]
+    stay = compress.prune(torch.tensor([0.0, 1, -1, 0, 1, 1]), 0.5)     # of ties the first go
+    assert stay.tolist() == [False, False, True, False, True, True]

@@ -103,8 +103,8 @@ def test_widths_go_with_a_smaller_wire(run):        # noqa: F811
 def test_what_cannot_be_narrow_is_refused(refused, monkeypatch):        # noqa: F811
     monkeypatch.setattr(sampling, 'load', lambda *_: pytest.fail('data were read'))
     for words, said in (
-            ('--widths 1,0', '--widths'), ('--widths 1,2', 'at most 1'), ('--widths 0.5', 'put a 1'),
-            ('--widths half', 'as 1,0.5'), ('--widths 1,0.5 --secagg 1', '--secagg'),
+            ('--widths 1,0', '--widths'), ('--widths 1,2', 'at most 1'),
+            ('--widths 0.5', 'put a 1'), ('--widths half', 'as 1,0.5'), ('--widths 1,0.5 --secagg 1', '--secagg'),
             ('--widths 1,0.5 --dp user --clip 1 --noise 1', '--dp user'),
             ('--widths 1,0.5 --cut 1', '--cut'), ('--separable 1', '--model cnn')):
         assert said in refused(words.split())

@@ -50,6 +50,17 @@ def sent(made, updates, t=1):
     terms = (fedavg.Update(k, w_k, made.n_k[k], loss) for k, (w_k, loss) in updates.items())
     return list(made.receive(terms, w, r)), r
 
+@pytest.mark.parametrize('bits', [None, *range(1, 17)])
+@pytest.mark.parametrize('d', [0, 1, 5, 1000])
+def test_decode_gives_back_what_encode_took(bits, d):
+    v = torch.randn(d, generator=torch.Generator().manual_seed(d))
+    payload = compress.encode(v, bits)
+    assert len(payload) == 26 + math.ceil(d * (bits or 32) / 8)
+    step = (v.max() - v.min()) / (2 ** bits - 1) if bits and d else torch.tensor(0.0)
+    assert ((compress.decode(payload, d) - v).abs() <= step * 1.001 + 1e-7 * bool(bits)).all()
+    constant = torch.full((d,), 0.7)
+    assert torch.equal(compress.decode(compress.encode(constant, bits), d), constant)
+
 @pytest.mark.parametrize('bits', [1, 2, 4, 8, 16])
 def test_quantization_is_unbiased(bits):
     v = torch.tensor([-1.0, -0.999, -0.3, 0.0, 0.123, 0.77, 1.0])
