@@ -17,7 +17,7 @@ import torch
 
 ################################ Bytes: encode and decode ################################
 
-# Little-endian: magic, bits a value, index coding, values in all (d), values kept (n), the lowest
+# Little-endian: magic, bits per value, index coding, total values (d), values kept (n), the lowest
 # level and the step between levels; then the indices, the values, and the CRC-32 of all of it.
 HEADER, CRC = struct.Struct('<4sBBIIff'), struct.Struct('<I')
 MAGIC = b'FAvg'
@@ -181,8 +181,8 @@ def sparsity(t, s, begin, end):
     return s * (1 - (1 - min(max((t - begin) / (end - begin), 0), 1)) ** 3)
 
 def prune(v, s):
-    """Which of the weights v, (d,), stay without the round(s d) of smallest magnitude: (d,) bool.
-    Of equal magnitudes the first go."""
+    """The mask of the weights v, (d,) bool, that remain after dropping the round(s d) smallest in
+    magnitude. Of equal magnitudes the first are dropped."""
     n, v = round(s * len(v)), v.detach().abs()
     if n == 0:
         return torch.ones(len(v), dtype=torch.bool, device=v.device)

@@ -7,8 +7,7 @@ Networks from Decentralized Data", AISTATS 2017 (arXiv 1602.05629).
     K    clients in all                     S_t   the clients of round t, m of them
     C    fraction of them in a round        n_k   examples that client k holds
     E    local epochs                       m_t   examples of S_t together
-    B    local batch size                   w     weights, a state_dict; w_k those of client k
-    lr   eta, the local learning rate
+    B    local batch size; lr is eta        w     weights, a state_dict; w_k those of client k
 
     Server:              initialize w; for each round t = 1, 2, ...:
                              m = max(C K, 1); S_t = m clients at random
@@ -17,8 +16,8 @@ Networks from Decentralized Data", AISTATS 2017 (arXiv 1602.05629).
     ClientUpdate(k, w):  for E epochs, for each batch b of B examples of client k:
                              w = w - lr grad loss(w; b)
 
-Server has a method for each line of the server, and main() is its loop. The classes in beyond/
-override these methods, also to train clients side by side; a run's first lines name those in use.
+Server has a method for each line of the server, and algorithm_1() is its loop. The classes in
+beyond/ override these methods, also to train clients side by side: a run names those in use.
 """
 import collections
 import copy
@@ -118,8 +117,7 @@ def examples(dataset, idxs, device):
         key = idxs.tobytes(), str(device)
         if key not in known:
             (x, y), *again = (read() for _ in range(2 + 64 // len(idxs)))
-            random = any(not torch.equal(x, other) for other, _ in again)
-            known[key] = None if random else x, y
+            known[key] = None if any(not torch.equal(x, other) for other, _ in again) else x, y
         x, y = known[key]       # no x where a transform is random: each batch is read anew
     if y.dim() == 1 and (y != y.long()).any():
         raise ValueError('labels are whole numbers')
@@ -127,17 +125,14 @@ def examples(dataset, idxs, device):
     return images, y.long() if y.dim() == 1 else y
 
 ################################### Averaging and evaluation ##################################
-# From client k: w_k, its weight n_k, its mean loss; only beyond/ uses kept, what it remembers.
-Update = collections.namedtuple('Update', 'k w n loss kept', defaults=({},))
-
+Update = collections.namedtuple('Update', 'k w n loss kept', defaults=({},))    # kept: for beyond/
 def FedAvg(w, n=None, all_sum=lambda tensors: None):
     """The weighted mean of state_dicts, sum of n_k w_k over sum of n_k (Algorithm 1, last line).
     w: state_dicts with their n_k in n (without n the plain mean), or Updates; read one by one.
     Floating point tensors, buffers too, are averaged (summed in float64), others copied from the
     first. The result shares no memory with its terms; None if there are none, or the n_k sum to 0.
     all_sum: sums a list of tensors over all processes, in place; each process needs a term.
-    Raises ValueError for other keys, shapes or lengths, no floats, or an n_k below 0 or not
-    finite; TypeError for terms of another type, such as train()'s result."""
+    Raises ValueError for keys, shapes or n_k that do not fit, TypeError for other terms."""
     first, total, m_t = None, {}, 0.0
     updates = ((u.w, u.n) if isinstance(u, Update) else (u, 1) for u in w)
     for w_k, n_k in updates if n is None else zip(w, n, strict=True):
@@ -163,8 +158,7 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
 
 @torch.no_grad()
 def evaluate(net, x, y, bs, all_sum=lambda tensors: None):
-    """(mean loss, accuracy in [0, 1]) of net on x (n, ...), y (n,), bs at a time; net is
-    left unchanged. all_sum: as FedAvg's; x and y are then one process's share."""
+    """(mean loss, accuracy) of net, left unchanged, on x (n, ...), y (n,), bs at a time."""
     net = copy.deepcopy(net).eval()
     logits = torch.cat([net(xb) for xb in x.split(bs)])             # (n, classes)
     losses = F.cross_entropy(logits, y, reduction='none').double()
@@ -185,7 +179,6 @@ class Round:
     """Round t, and what its steps leave for one another: S_t, {k: its epochs}, and a tally."""
     def __init__(self, t):
         self.t, self.began, self.tally = t, time.perf_counter(), collections.Counter()
-
 class Stop(Exception):
     """Ends the run, which keeps its last whole round: Stop(line, exit code)."""
 
@@ -226,7 +219,7 @@ class Server:
         return w
 
     def train(self, w, S_t, r):
-        """Yields each client's Update, one at a time: w_k = ClientUpdate(k, w)."""
+        """Yields each client's Update, w_k = ClientUpdate(k, w), once average() asks for it."""
         from sampling import seed_torch
         lr = self.args.lr * self.args.lr_decay ** (r.t - 1)
         for k, E in S_t.items():
@@ -296,6 +289,10 @@ class Server:
             lines.append(f'rounds to {100 * self.args.target:.2f} %: {found}')
         return lines
 
+    def launch(self, algorithm):
+        """Runs the algorithm, in this process alone; returns its rows."""
+        return algorithm(self)
+
     def finish(self, code):
         """Prints what came of it; returns the exit code."""
         print('\n'.join(self.summary() if self.history else []), flush=True)
@@ -309,6 +306,10 @@ def main(argv=None, *classes):
         server.prepare()
     except (OSError, ValueError) as e:          # data or a net that cannot be loaded
         fail(e, everyone=True)
+    return server.launch(algorithm_1)
+
+def algorithm_1(server):
+    """The rounds of Algorithm 1; a row for each."""
     w, code = server.w, 0
     try:
         for t in range(len(server.history) + 1, server.args.epochs + 1):
@@ -320,7 +321,6 @@ def main(argv=None, *classes):
             updates = server.train(w_t, S_t, r)             # w_k = ClientUpdate(k, w)
             updates = server.receive(updates, w_t, r)       # as they reach the server
             w = server.average(updates, w_t, r)             # sum over S_t of (n_k / m_t) w_k
-            # updates are generators: a client trains when the average asks for its update.
             row = server.measure(w, r)                      # test loss and accuracy
             server.end(w, row, r)
             print(server.describe(row), flush=True)
@@ -337,10 +337,10 @@ def assembled(argv, classes):
     beyond = importlib.util.find_spec('beyond') and importlib.import_module('beyond')
     args = args_parser(argv, beyond.rooms() if beyond else ())
     args.device = device(args.gpu)
-    args.shape, args.num_channels, args.num_classes = shape(args.dataset, args.data_dir)
-    hooks = set(vars(LocalUpdate)) - set(dir(Server))
-    mine = [cls for cls in classes if issubclass(cls, LocalUpdate) or hooks & set(vars(cls))]
-    others = [cls for cls in classes if cls not in mine]
+    args.shape, args.num_channels, args.num_classes = shape(args)
+    hooks, steps = vars(LocalUpdate).keys() - dir(Server), vars(Server).keys() - dir(LocalUpdate)
+    mine = [cls for cls in classes if issubclass(cls, LocalUpdate) or hooks & vars(cls).keys()]
+    others = [cls for cls in classes if cls not in mine or steps & vars(cls).keys()]
     outermost, servers, clients = beyond.chosen(args) if beyond else ([], [], [])
     Client = type('Client', (*mine, *clients, LocalUpdate), {'stacks': True})
     return type('Server', (*outermost, *others, *servers, Server), {'Client': Client})(args)

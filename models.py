@@ -7,11 +7,13 @@ height, width) and return logits (B, classes). This file needs torch alone.
 
     net = MLP(784, 200, 10)
 """
+import copy
 import importlib
 import math
 import os
 import sys
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -21,7 +23,7 @@ def build(args):
     or 32x32 pixels by args.num_channels (1 or 3).
 
     Raises KeyError for another name or number of channels, ValueError for a net that does not take
-    images of this shape, or a class that cannot be had.
+    images of this shape, or a class that cannot be loaded.
     """
     if ':' in args.model:
         return imported(args)
@@ -36,17 +38,25 @@ def build(args):
     return nets[shape[0] == 3](args)
 
 def imported(args):
-    """A net of the user's own class."""
+    """A net of the user's own class, which gives logits for two blank images."""
     module, _, name = args.model.partition(':')
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         net = getattr(importlib.import_module(module), name)(args)
-    except Exception as e:      # whatever a class of the user's raises
-        raise ValueError(f'--model {args.model}: {type(e).__name__}: {e}; it has to be a class '
-                         'that can be imported from here and takes the flags') from e
-    if not isinstance(net, nn.Module):
-        raise ValueError(f'--model {args.model}: gives a {type(net).__name__}, not an nn.Module')
+        tried = isinstance(net, nn.Module) and copy.deepcopy(net).eval()
+        logits = tried and tried(torch.zeros(2, *args.shape))
+    except (Exception, SystemExit) as e:        # whatever a class of the user's raises
+        reason = (str(e) or 'no reason given').splitlines()[0]
+        raise ValueError(f'--model {args.model}: {type(e).__name__}: {reason}; it has to be a '
+                         'class that can be imported from here, takes the flags and gives an '
+                         f'nn.Module for images of shape {tuple(args.shape)}') from e
+    if not tried or not any(p.requires_grad for p in net.parameters()):
+        raise ValueError(f'--model {args.model}: gives a {type(net).__name__}, not an nn.Module '
+                         'with parameters to train')
+    if logits.shape != (2, args.num_classes):
+        raise ValueError(f'--model {args.model}: gives {tuple(logits.shape)} for two images, not '
+                         f'(2, {args.num_classes}): a logit for each class')
     return net
 
 class Net(nn.Module):
@@ -77,7 +87,7 @@ class PaperCNNMnist(Net):
     not state. Of args: num_channels, num_classes.
 
     It starts from the uniform weights of Glorot and Bengio (2010, Equation 16), TensorFlow's
-    default, and biases of 0: from torch's own it takes more rounds.
+    default, and biases of 0; with PyTorch's defaults it needs more rounds.
     """
     def __init__(self, args):
         super().__init__()

@@ -1,7 +1,7 @@
 """The paper's symbols as command line flags (McMahan et al. 2017, Section 2), and their checks.
 
-Nothing else in the project knows argparse. A value that makes no sense ends the program with exit
-code 2 and one line that names the flag, the value and what would do, before any data are read.
+Nothing else in the project knows argparse. An invalid value ends the program with exit code 2 and
+one line that names the flag, the value and what would be accepted, before any data are read.
 This file needs the standard library only (device() needs torch).
 
     python fedavg.py --help
@@ -9,9 +9,12 @@ This file needs the standard library only (device() needs torch).
 import argparse
 import contextlib
 import difflib
+import json
 import math
 import os
+import signal
 import sys
+import time
 
 # Training examples, channels and classes, which --num_users and the like are checked against.
 DATASETS = {'mnist': (60000, 1, 10), 'fmnist': (60000, 1, 10), 'cifar': (50000, 3, 10),
@@ -23,7 +26,7 @@ ELSEWHERE = {'rounds': 'epochs', 'num_rounds': 'epochs', 'comm_rounds': 'epochs'
              'client_fraction': 'frac', 'fraction': 'frac', 'fraction_fit': 'frac', 'C': 'frac',
              'local_epochs': 'local_ep', 'E': 'local_ep', 'batch_size': 'local_bs',
              'local_batch_size': 'local_bs', 'B': 'local_bs', 'learning_rate': 'lr', 'eta': 'lr',
-             'data': 'dataset', 'data_path': 'data_dir', 'device': 'gpu', 'cuda': 'gpu',
+             'data': 'data_dir', 'data_path': 'data_dir', 'device': 'gpu', 'cuda': 'gpu',
              'non_iid': 'iid', 'dirichlet': 'alpha', 'log_dir': 'csv'}
 # These may differ between a run and its resumption: no weights depend on them.
 FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'verbose'}
@@ -32,14 +35,23 @@ FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'verbose'}
 
 def fail(message, everyone=False):
     """Ends the program as every bad input does: one line on stderr, exit code 2. Of the processes
-    that torchrun starts, the first one prints it, or everyone."""
+    that torchrun starts, the first one prints it, or everyone; torchrun's report ends with it.
+    Of an output that nobody reads any more, nothing is said."""
+    if isinstance(message, BrokenPipeError):
+        raise message
+    line = f'fedavg.py: error: {message}'
     if everyone or os.environ.get('RANK', '0') == '0':
-        print(f'fedavg.py: error: {message}', file=sys.stderr)
+        print(line, file=sys.stderr)
+    if os.environ.get('TORCHELASTIC_ERROR_FILE'):
+        with open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w') as f:
+            extra = {'py_callstack': line, 'timestamp': str(int(time.time()))}
+            json.dump({'message': {'message': line, 'extraInfo': extra}}, f)
     sys.exit(2)
 
 def run(main):
     """Runs main as a script; Ctrl-C before round 1, and `head` that has read enough, end it
     quietly."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (KeyboardInterrupt, BrokenPipeError) as e:
@@ -78,7 +90,7 @@ def number(kind, low, high=math.inf, hint='', above=False):
             if math.isfinite(value) and low <= value <= high and not (above and value == low):
                 return value
         hinted = f' ({hint})' if hint else ''
-        raise argparse.ArgumentTypeError(f'{text!r} will not do; it takes {span}{hinted}')
+        raise argparse.ArgumentTypeError(f'{text!r} is invalid; expected {span}{hinted}')
     return parse
 
 def batch_size(text):
@@ -100,29 +112,37 @@ def choice(*names):
         if text in names or all(part for part in text.partition(':')):
             return text
         raise argparse.ArgumentTypeError(
-            f'{text!r} will not do; it takes {", ".join(names)}, or your own as module:name')
+            f'{text!r} is invalid; expected {", ".join(names)}, or your own as module:name')
     return parse
 
 def devices(text):
     """--gpu's type: a device's number, or two of different GPUs as a tuple."""
     if ',' not in text:
-        return number(int, -1)(text)
+        return number(int, -1, hint='-1 is the CPU')(text)
     numbers = several(number(int, -1))(text)
     if len(numbers) > 2 or -1 in numbers or numbers[0] == numbers[1]:
         raise argparse.ArgumentTypeError(
-            f'{text!r} will not do; it takes one device, or two different GPUs, as 0,1')
+            f'{text!r} is invalid; expected one device, or two different GPUs, as 0,1')
     return numbers
 
 def writable(text):
-    """A flag's type: the real path of a file that can be written, by way of one named .tmp."""
+    """A flag's type: the real path of a file that can be written, by way of one named .tmp; its
+    folder may be missing, if that one's is there."""
     path = os.path.realpath(text)
+    folder, made = os.path.dirname(path), False
     if not text or os.path.exists(path) and not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f'{text!r} is not a file; name one')
     try:
+        if not os.path.isdir(folder):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder)
+            made = 'RANK' not in os.environ         # other processes may be about to use it
         with open(path + '.tmp', 'ab'):
             pass
         with contextlib.suppress(FileNotFoundError):    # another process was faster
             os.remove(path + '.tmp')
+        if made:        # for now: another flag may be refused
+            os.rmdir(folder)
     except OSError as e:
         raise argparse.ArgumentTypeError(f'{text!r} cannot be written ({e.strerror}); name a file '
                                          'in a folder that you may write to') from e

@@ -10,12 +10,17 @@ file needs numpy and torch, and torchvision where it reads data.
     from torchvision.datasets import MNIST
     users = mnist_noniid(MNIST('data'), 100)
 """
+import contextlib
 import functools
+import gzip
 import hashlib
 import importlib
 import math
 import os
+import pathlib
+import shutil
 import sys
+import zlib
 
 import numpy as np
 import torch
@@ -48,15 +53,19 @@ def holdings(args, K):
     n_k = sizes(len(labels), K, args.unequal, args.seed)
     return train, test, partition(labels, n_k, args.iid, args.alpha, args.seed), n_k
 
-def shape(name, data_dir):
-    """(shape of an image, its channels, number of classes) of the data set `name`; those of the
-    user's own are loaded for this."""
-    if ':' in name:
-        train, test = own(name, data_dir)
+def shape(args):
+    """(shape of an image, its channels, number of classes) of args.dataset; a user's own is loaded
+    to find out. Raises ValueError if args.num_channels or num_classes are others."""
+    images, classes = (3, 32, 32) if args.dataset == 'cifar' else (1, 28, 28), 10
+    if ':' in args.dataset:
+        train, test = own(args.dataset, args.data_dir)
         images = tuple(train.tensors[0].shape[1:])
-        return images, images[0], int(max(data.tensors[1].max() for data in (train, test))) + 1
-    images = (3, 32, 32) if name == 'cifar' else (1, 28, 28)
-    return images, images[0], 10
+        classes = int(max(data.tensors[1].max() for data in (train, test))) + 1
+    for flag, given, has in (('num_channels', args.num_channels, images[0]),
+                             ('num_classes', args.num_classes, classes)):
+        if given not in (None, has):
+            raise ValueError(f'--{flag} {given}: {args.dataset} has {has}; leave the flag out')
+    return images, images[0], classes
 
 def load(name, data_dir, seed=0, download=True):
     """Training and test set as two TensorDatasets: images (n, channels, h, w) float32, labels (n,)
@@ -75,24 +84,41 @@ def load(name, data_dir, seed=0, download=True):
     for path in paths:
         if os.path.exists(path) and not sound(path):
             raise OSError(f'{path} is truncated or corrupt; delete it and fetch it again')
+    for path in paths:
+        if not os.path.exists(path) and os.path.exists(f'{path}.gz'):
+            unpack(f'{path}.gz')
     missing = [os.path.relpath(path, data_dir) for path in paths if not os.path.exists(path)]
     folder = os.path.abspath(data_dir)
+    absent = [parent for parent in pathlib.Path(paths[0]).absolute().parents
+              if not parent.exists()]
     if missing and not download:
         raise OSError(f'{folder} lacks {", ".join(missing)}')
     try:
         sets = [torchvision_set(name)(data_dir, train=train, download=True)
                 for train in (True, False)]
     except Exception as e:      # torchvision raises anything from URLError to RuntimeError here
+        for parent in absent:   # it has made them
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-        raise OSError(f'{folder} lacks {", ".join(missing) or "readable files"}, and the download '
-                      f'failed ({reason}); name the folder that holds {name} with --data_dir, or '
-                      'take --dataset synthetic') from e
+        raise OSError(f'--data_dir {folder}: lacks {", ".join(missing) or "readable files"}, and '
+                      f'the download failed ({reason}); name the folder that holds {name}, or take '
+                      '--dataset synthetic') from e
     return tuple(standardised(name, data_dir, data) for data in sets)
 
 def torchvision_set(name):
     """torchvision's class for the data set `name`. It is imported here, as it takes a second."""
     from torchvision import datasets
     return getattr(datasets, KINDS[name])
+
+def unpack(path):
+    """Unpacks a .gz file beside itself. Raises OSError if it is damaged."""
+    try:
+        with gzip.open(path) as packed, open(path.removesuffix('.gz'), 'wb') as f:
+            shutil.copyfileobj(packed, f)
+    except (EOFError, zlib.error, OSError) as e:
+        os.remove(path.removesuffix('.gz'))
+        raise OSError(f'{path} is truncated or corrupt ({e}); delete it and fetch it again') from e
 
 def files(name, data_dir):
     """The paths of the files that torchvision keeps under data_dir for the data set `name`."""
@@ -144,20 +170,25 @@ def own(name, data_dir):
     try:
         sets = getattr(importlib.import_module(module), function)(data_dir)
         train, test = (as_tensors(data) for data in sets)
-    except Exception as e:      # whatever a function of the user's raises
-        raise OSError(f'--dataset {name}: {type(e).__name__}: {e}; it has to be a function that '
-                      'can be imported from here, takes --data_dir and returns (training set, '
-                      'test set)') from e
+    except (Exception, SystemExit) as e:        # whatever a function of the user's raises
+        reason = (str(e) or 'no reason given').splitlines()[0]
+        raise OSError(f'--dataset {name}: {type(e).__name__}: {reason}; it has to be a function '
+                      'that can be imported from here, takes --data_dir and returns (training '
+                      'set, test set)') from e
     if train.tensors[0].shape[1:] != test.tensors[0].shape[1:]:
         raise OSError(f'--dataset {name}: the images of the training set have another shape than '
                       'those of the test set')
     return train, test
 
 def as_tensors(dataset):
-    """Any map-style (image, label) data set as a TensorDataset. Raises ValueError if it is empty or
-    a label is not a whole number from 0 on."""
+    """Any map-style (image, label) data set as a TensorDataset. Raises ValueError if it is empty,
+    an image is no tensor of finite numbers, or a label is not a whole number from 0 on."""
+    if not len(dataset):
+        raise ValueError('a data set is empty')
     x, y = zip(*(dataset[i] for i in range(len(dataset))))
     x, y = torch.stack([torch.as_tensor(v) for v in x]), torch.as_tensor(np.asarray(y))
+    if x.dim() < 2 or not x.isfinite().all():
+        raise ValueError('images are tensors of finite numbers, with one dimension or more')
     if y.dim() != 1 or (y < 0).any() or (y != y.long()).any():
         raise ValueError('labels are whole numbers from 0 on')
     return TensorDataset(x.float(), y.long())
@@ -263,8 +294,8 @@ def dirichlet(labels, n_k, alpha, seed=0):
     """Each client's label shares drawn from Dirichlet(alpha) (Hsu et al. 2019, arXiv 1909.06335,
     Section 3): {k: n_k[k] indices}.
 
-    A label that has run out is replaced by the client's others in proportion, and by what remains
-    once those have run out too.
+    When a label is exhausted, the client draws from its other labels in proportion; when those are
+    too, from whatever remains.
     """
     draw = rng(seed, 'partition')
     order = draw.permutation(len(labels))
@@ -279,7 +310,8 @@ def dirichlet(labels, n_k, alpha, seed=0):
     return dict(sorted(users.items()))
 
 def filled(n, share, remaining, draw):
-    """How many of each label's remaining examples a client of n with these shares takes."""
+    """How many of each label's remaining examples a client with n examples and these label shares
+    takes."""
     take = np.zeros_like(remaining)
     while (need := n - take.sum()) > 0:             # each turn fills the client or empties a label
         p = share * (remaining > take)

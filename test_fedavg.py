@@ -84,6 +84,7 @@ def data(tmp_path_factory):
 def run(data):
     """main() on 300 small digits and 10 clients, in this process; with classes of one's own."""
     small = '--num_users 10 --frac 0.3 --local_ep 1 --epochs 3 --gpu -1'.split()
+    small += ['--processes', '1'] * BEYOND      # so that this one sees all of it
     return lambda words='', *classes: fedavg.main(
         ['--data_dir', data, *small, *words.split()], *classes)
 
@@ -101,11 +102,9 @@ def refused(data, capsys):
 
 def shell(words, **more):
     """The program as a process of its own, as a user starts it."""
-    def default():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     command = [sys.executable, str(HERE / 'fedavg.py'), *words.split()]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=default, **more)
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more)
 
 def client_args(**more):
     defaults = dict(local_ep=1, local_bs=10, lr=0.1, momentum=0.0, device='cpu')
@@ -299,14 +298,13 @@ def test_any_image_label_data_set_trains_and_is_read_once(data):
     assert other.y.tolist() == [int(dataset.targets[i]) for i in users[1]]
     plain = [(torch.ones(5), 1), (torch.zeros(5), 0)]
     assert fedavg.LocalUpdate(client_args(), plain, {0, 1}).train(nn.Linear(5, 3))[1] > 0
-    halves = [(x, y + 0.5) for x, y in plain]
-    for source, idxs in ((plain, []), (plain, [True, False]), (plain, [0.5]), (halves, [0]),
-                         (TensorDataset(torch.ones(2, 5), torch.tensor([0.5, 1])), [0])):
+    half = TensorDataset(torch.ones(2, 5), torch.tensor([0.5, 1]))
+    for source, idxs in ((plain, []), (plain, [True, False]), (plain, [0.5]), (half, [0]),
+                         ([half[0]], [0])):
         with pytest.raises(ValueError, match='whole numbers'):
             fedavg.LocalUpdate(client_args(), source, idxs)
-    for more in (dict(local_bs=0), dict(local_ep=0)):
-        with pytest.raises(ValueError, match='at least 1'):
-            fedavg.LocalUpdate(client_args(**more), plain, [0]).train(nn.Linear(5, 3))
+    with pytest.raises(ValueError, match='at least 1'):
+        fedavg.LocalUpdate(client_args(local_bs=0), plain, [0]).train(nn.Linear(5, 3))
 
 def test_a_random_transform_is_drawn_anew_for_each_batch():
     class Flipped(list):
@@ -419,9 +417,9 @@ def test_parameter_counts(name, channels, count):
     assert net(torch.randn(2, channels, side, side)).shape == (2, 10)
 
 def test_a_net_that_is_not_known_is_refused():
-    for model, channels in (('resnet', 1), ('2nn', 2)):
+    for more in (dict(model='resnet', num_channels=1), dict(model='2nn', num_channels=2)):
         with pytest.raises(KeyError):
-            models.build(SimpleNamespace(model=model, num_channels=channels, num_classes=10))
+            models.build(SimpleNamespace(num_classes=10, **more))
 
 def test_the_papers_nets_are_their_layers_in_order():
     net, x = models.TwoNN(784, 200, 10), torch.randn(3, 1, 28, 28)
@@ -570,9 +568,10 @@ def test_missing_files_without_a_network_name_the_folder_and_both_ways_out(
     def offline(*_, **__):
         raise urllib.error.URLError('no network')
     monkeypatch.setattr(urllib.request, 'urlopen', offline)
-    line = refused(['--dataset', name, '--data_dir', str(tmp_path)])
+    line = refused(['--dataset', name, '--data_dir', f'{tmp_path}/no/such'])
     assert all(word in line for word in (
         str(tmp_path), first, '--data_dir', '--dataset synthetic', 'no network'))
+    assert not list(tmp_path.iterdir())
 
 ####################################### The protocol #######################################
 def test_rounds_to_target_is_the_papers_monotone_interpolation():
@@ -678,20 +677,22 @@ dataset, net = [(torch.ones(3), 1), (torch.zeros(3), 0)], torch.nn.Linear(3, 2)
 w = [fedavg.LocalUpdate(args, dataset, [k]).train(net)[0] for k in (0, 1)]
 assert fedavg.FedAvg(w, [1, 2])['weight'].shape == (2, 3)'''}
 
-def test_each_file_works_alone_in_an_empty_folder(tmp_path):
-    processes = []
+@pytest.fixture(scope='session', autouse=True)
+def started(tmp_path_factory):
+    """The program, and each file alone in its folder; they run beside the other tests."""
+    processes = [shell('--dataset synthetic --epochs 2 --num_users 1000')]
     for name, use in MODULES.items():
-        folder = tmp_path / name[:-3]
-        folder.mkdir()
+        folder = tmp_path_factory.mktemp(name[:-3])
         shutil.copy(HERE / name, folder)
         processes.append(subprocess.Popen([sys.executable, '-c', use], cwd=folder))
-    assert [process.wait() for process in processes] == [0] * len(MODULES)
+    return processes
 
-def test_the_program_runs_as_a_user_starts_it():
-    process = shell('--dataset synthetic --epochs 2 --num_users 1000')
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0 and err == '' and 'round    2/2' in out
-    assert 'best test accuracy' in out
+def test_each_file_works_alone_in_an_empty_folder(started):
+    assert [process.wait() for process in started[1:]] == [0] * len(MODULES)
+
+def test_the_program_runs_as_a_user_starts_it(started):
+    out, err = started[0].communicate(timeout=100)
+    assert started[0].returncode == 0 and err == '' and 'best test accuracy' in out
 
 @pytest.mark.skipif('FEDAVG_DATA' not in os.environ, reason='FEDAVG_DATA names no folder')
 @pytest.mark.parametrize('iid, best', [(1, 0.88), (0, 0.4)])

@@ -6,6 +6,7 @@ its flags and their checks. This file says which rooms there are, in which order
 stand, and which flags ask for them. README.md, beside it, has a section for each.
 """
 import importlib
+import math
 import os
 
 import numpy as np
@@ -36,6 +37,10 @@ class Room:
     def notes(self):
         """What the log's first line holds beside the flags, {name: value}."""
         return {}
+
+    def idle(self):
+        """The names of classes that have nothing to do in this run."""
+        return set()
 
     def nets(self):
         """The nets that clients train."""
@@ -96,6 +101,14 @@ class Room:
         """Whether a client that is lost at this stage (stragglers.lose) has sent its update."""
         return False
 
+    def most(self):
+        """The most clients that a round can ask: m."""
+        return max(round(self.args.frac * self.K), 1)
+
+    def quorum(self, asked):
+        """How many of the asked clients must stay for their secure sum to be revealed."""
+        return max(math.ceil(round(self.args.threshold * asked, 9)), self.least)
+
     def bound(self):
         """The largest magnitude of a value of w_k - w."""
         return self.args.range or 1.0
@@ -115,8 +128,8 @@ def rooms():
 def chosen(args):
     """The classes that the flags ask for, outermost first: ([the outermost of the server], [its
     others], [the clients'])."""
-    from beyond import (augment, cut, distill, engines, local, personal, privacy, processes, prune,
-                        records, secure, silos, stragglers, widths, wire)
+    from beyond import (augment, cut, distill, engines, forked, local, personal, privacy,
+                        processes, prune, records, secure, silos, stragglers, widths, wire)
     torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
     servers = (
         (records.Records, True),
@@ -124,7 +137,8 @@ def chosen(args):
         (stragglers.Timed, True),
         (stragglers.Corrupt, args.corrupt),
         (silos.Silos, torchrun and args.silo),
-        (processes.Processes, torchrun and not args.silo),
+        (processes.Torchrun, torchrun and not args.silo),
+        (forked.Forked, not torchrun),
         (personal.Personal, args.personal),
         (personal.PersonalLayers, args.personal == 'layers'),
         (privacy.PrivateServer, args.dp == 'user'),

@@ -2,10 +2,12 @@
 
     python fedavg.py --cut 1
 
-SplitFed (Thapa et al. 2022, arXiv 2004.12088, Algorithm 1; Vepakomma et al. 2018, arXiv
+SplitFed (Thapa et al. 2022, arXiv 2004.12088; split learning: Vepakomma et al. 2018, arXiv
 1812.00564): in each batch of ClientUpdate, the client sends the activations of its layers and the
-labels up, and their gradient comes down; both are counted. The weights are those of the whole net.
-With --gpu 0,1 the halves lie on two GPUs.
+labels up, and their gradient comes down; both are counted. As in the paper's variant SplitFedV1,
+the server has a copy of the back half for each client; here the copies are averaged once a round,
+like the front halves, so that the weights are those of the uncut net. With --gpu 0,1 the halves
+lie on two GPUs.
 """
 import os
 

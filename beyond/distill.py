@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 
 from beyond import Room
 from beyond.augment import shown_to
+from beyond.files import misfit, opened
 from beyond.flat import flat
-from beyond.records import opened
 from compress import encode
 from models import build
 from options import fail, number, requires, shown
@@ -54,12 +54,18 @@ class Distilled(Room):
             fail(f"{flag}: lacks {shown(was.personal_layers)}, which stayed with its clients; take "
                  'one without --personal layers', everyone=True)
         was.shape = args.shape
-        self.teacher, self.was = build(was).to(args.device), was
-        try:
-            self.teacher.load_state_dict(saved['w'])
-        except RuntimeError as e:
-            fail(f'{flag}: its weights are not those of {was.model} ({str(e).splitlines()[0]}); '
+        if was.num_classes != args.num_classes:
+            fail(f'{flag}: has {was.num_classes} classes, and {args.dataset} {args.num_classes}; '
                  'take another', everyone=True)
+        try:
+            self.teacher, self.was = build(was).to(args.device), was
+        except (AttributeError, KeyError, ValueError) as e:
+            fail(f'{flag}: its net cannot be built ({e}); take another', everyone=True)
+        reason = misfit(saved['w'], self.teacher)
+        if reason:
+            fail(f'{flag}: its weights are not those of {was.model}: {reason}; take another',
+                 everyone=True)
+        self.teacher.load_state_dict(saved['w'])
 
     def prepare(self):
         super().prepare()

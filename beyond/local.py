@@ -28,7 +28,8 @@ class Proximal:
     def adjust(self, parameters, start):
         super().adjust(parameters, start)
         for p, p_0 in zip(parameters, start):
-            p.grad = p.grad.add(p.detach() - p_0.to(p.device), alpha=self.args.mu)
+            if p.grad is not None:      # of a frozen parameter
+                p.grad = p.grad.add(p.detach() - p_0.to(p.device), alpha=self.args.mu)
 
 class AdamW:
     """torch's AdamW with its defaults but for lr; a new one in each round."""

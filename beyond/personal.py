@@ -135,6 +135,9 @@ class PersonalLayers(Room):
         super().__init__(args)
         self.layers = {}                        # {k: values of the layers, one after the other}
         names, stages = args.personal_layers, list(getattr(self.net, 'stages', ()))
+        if not stages:
+            fail(f'--personal_layers {shown(names)}: {args.model} names no stages (models.Net)',
+                 everyone=True)
         if set(names) - set(stages) or set(names) == set(stages):
             fail(f'--personal_layers {shown(names)}: {args.model} has {", ".join(stages)}; take '
                  'some of them, not all', everyone=True)
@@ -177,3 +180,5 @@ class PersonalLayers(Room):
     def load(self, state):
         super().load(state)
         self.layers = state.get('PersonalLayers', {})
+        if any(len(v) != self.stay.sum() for v in self.layers.values()):
+            raise ValueError('layers of another length')

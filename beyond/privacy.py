@@ -7,13 +7,12 @@ DP-FedAvg (McMahan et al. 2018, arXiv 1710.06963, Algorithm 1) changes the serve
 each client is sampled with probability C, its w_k - w is clipped to S, all weights are 1, and their
 sum has a fixed denominator, C K, and noise of deviation z S. DP-SGD (Abadi et al. 2016, arXiv
 1607.00133, Algorithm 1) changes ClientUpdate: Poisson batches, each example's gradient clipped to
-S, noise of deviation z S on their sum. What it costs is computed from Renyi divergences (Mironov et
-al. 2019, arXiv 1908.10530; Canonne et al. 2020, arXiv 2004.00010).
+S, noise of deviation z S on their sum. accountant.py says what that costs.
 
-The privacy is that of a model on paper: the noise comes from generators that are not
-cryptographic, seeded by --seed. Field of a round: epsilon, what the rounds so far have cost.
+With --secagg, the clients clip, and have to be trusted to. The privacy is that of a model on
+paper: the noise comes from NumPy's and, in DP-SGD, torch's generators, which are not cryptographic,
+seeded by --seed. Field of a round: epsilon, what the rounds so far have cost.
 """
-import functools
 import math
 
 import numpy as np
@@ -21,9 +20,13 @@ import torch
 from torch.func import functional_call, grad_and_value, vmap
 
 from beyond import Room
+from beyond.accountant import binomial, epsilon, largest, least_noise
 from beyond.flat import flat, unflat
 from options import fail, number, requires
 from sampling import rng
+
+LEAST = 10          # clients (or examples of the largest client) for which a delta makes sense
+UNLUCKY = 2**-30    # secure aggregation: the graph of clients is too thin for a sum (protocol.py)
 
 def flags(add):
     """--dp, --clip, --noise, --epsilon, --delta."""
@@ -35,8 +38,8 @@ def flags(add):
         'z, with --dp: the deviation of the noise on a sum, in units of S')
     add('epsilon', None, number(float, 0, above=True), 'with --dp, instead of --noise: the budget '
         'of --epochs rounds; finds z, and stops the run where it is spent')
-    add('delta', None, number(float, 0, 0.9999, above=True),
-        'with --dp: 1/K for user, 1/n_k for example if not given')
+    add('delta', None, number(float, 0, 0.9999, above=True), 'with --dp user: at most 1/K, K^-1.1 '
+        'if not given; with --dp example the same of the largest n_k')
 
 def check(args):
     """What is clipped has noise, and what has noise is clipped."""
@@ -49,18 +52,28 @@ def check(args):
         fail('--dp user: a client is sampled with probability --frac; give one above 0')
     if args.dp == 'user' and args.range is not None:
         fail(f'--range {args.range}: with --dp user it is --clip; leave it out')
+    if args.dp == 'user' and args.secagg and args.deadline:
+        fail(f'--deadline {args.deadline:g}: with --dp user and --secagg, what one client holds '
+             'would decide whether there is a sum; leave one of them out')
     if args.dp == 'example' and (args.engine == 'stacked' or args.compile):
         fail('--dp example: each example has its own gradient, which the stacked engine does not '
              'know; leave out --engine and --compile')
 
 class Accounted(Room):
     """Knows what the rounds cost, finds the noise for --epsilon, and stops when that is spent.
-    Subclasses answer cost_of(t, noise)."""
+    Subclasses answer cost_of(t, noise), and who(), how many delta is for and what they are."""
     noise = None
 
     def prepare(self):
         super().prepare()
-        args = self.args
+        args, (n, what) = self.args, self.who()
+        self.delta = args.delta or max(n, 1) ** -1.1
+        if args.delta is None and n < LEAST:
+            fail(f'--dp {args.dp}: no delta makes sense for {n} {what}; take {LEAST} or more, or '
+                 f'give one with --delta, below 1/{n}', everyone=True)
+        if self.delta > 1 / n:
+            fail(f'--delta {args.delta:g}: publishing one of {n} {what} would satisfy it; take '
+                 f'less than {1 / n:.3g}', everyone=True)
         self.noise = args.noise if args.noise is not None else self.noise
         if self.noise is not None:
             return
@@ -83,16 +96,15 @@ class Accounted(Room):
         return super().measure(w, r) | {'epsilon': r.epsilon}
 
     def describe(self, row):
-        return f'{super().describe(row)}   epsilon {row["epsilon"]:.3g}'
+        return f'{super().describe(row)}   epsilon {row["epsilon"]:.3g} at delta {self.delta:.2g}'
 
     def summary(self):
         args = self.args
-        delta = args.delta or (f'1/{self.K}' if args.dp == 'user' else '1/n_k')
-        return [*super().summary(), f'epsilon {self.history[-1]["epsilon"]:.3g} at delta {delta} '
-                f'({args.dp}, noise {self.noise:.4g}, clip {args.clip:g})']
+        return [*super().summary(), f'epsilon {self.history[-1]["epsilon"]:.3g} at delta '
+                f'{self.delta:.3g} ({args.dp}, noise {self.noise:.4g}, clip {args.clip:g})']
 
     def notes(self):
-        return super().notes() | {'noise': self.noise}
+        return super().notes() | {'noise': self.noise, 'delta': self.delta}
 
     def state(self):
         return super().state() | {'Accounted': {'noise': self.noise}}
@@ -103,9 +115,51 @@ class Accounted(Room):
 
 class PrivateServer(Accounted):
     """DP-FedAvg (McMahan et al. 2018, Algorithm 1)."""
+    agreed = None       # with --secagg: how many clients must stay for a sum to be revealed
+
+    def prepare(self):
+        super().prepare()
+        if not self.args.secagg:
+            return
+        limit = self.delta / 10
+        if self.agreed is None:       # a resumed run's is what it was
+            most = math.ceil(round(self.args.threshold * self.args.frac * self.K, 9))
+            self.agreed = self.least
+            while self.agreed < most and self.leak(self.agreed + 1) <= limit:
+                self.agreed += 1
+        leak = self.leak(self.agreed)
+        if leak > limit:
+            fail(f'--secagg 1: with probability {leak:.2g}, above a tenth of delta, one client '
+                 f'would decide in a round whether {self.agreed} stay, and there is a sum. Take '
+                 'more clients, more --frac, less --drop or fewer --epochs', everyone=True)
+        print(f'--secagg 1: a sum takes {self.agreed} clients; that one of them may decide whether '
+              f'there is one costs {leak:.1g} of delta')
+
+    def leak(self, stay):
+        """The probability that in one of the rounds a client decides whether `stay` clients stay:
+        that of the K - 1 others one fewer does, or that the graph is too thin for a sum."""
+        p = self.args.frac * (1 - self.args.drop)
+        return self.args.epochs * (binomial(self.K - 1, p, stay - 1) + UNLUCKY)
+
+    def quorum(self, asked):
+        """A number fixed in advance, which does not depend on who is asked."""
+        return self.agreed
+
+    def who(self):
+        return self.K, 'clients'
+
     def cost_of(self, t, noise):
-        """The epsilon of a client after t rounds."""
-        return epsilon(self.args.frac, noise, t, self.args.delta or 1 / max(self.K, 2))
+        """The epsilon of a client after t rounds; with --secagg, what one client decides takes up
+        to a tenth of delta."""
+        delta = self.delta * (0.9 if self.args.secagg else 1)
+        return epsilon(self.args.frac, noise, t, delta)
+
+    def state(self):
+        return super().state() | {'PrivateServer': {'agreed': self.agreed}}
+
+    def load(self, state):
+        super().load(state)
+        self.agreed = state.get('PrivateServer', {}).get('agreed')
 
     def select(self, r):
         S_t = poisson(self.K, self.args.frac, rng(self.args.seed, 'select', r.t))
@@ -125,7 +179,13 @@ class PrivateServer(Accounted):
         return self.args.clip
 
     def bounded(self, v, rounding):
-        return clip(super().bounded(v, rounding), self.args.clip - rounding)
+        v = super().bounded(v, rounding)
+        # One that is left out could decide whether there is a sum: its update counts as 0.
+        v = v if v.isfinite().all() else torch.zeros_like(v)
+        return clip(v, self.args.clip - rounding)
+
+    def most(self):
+        return self.K
 
     def allows(self, rounding):
         return super().allows(rounding) and rounding <= self.args.clip / 2
@@ -160,17 +220,19 @@ class PrivateExamples(Accounted):
         self.samples = {}           # {t: S_t}
 
     def cost_of(self, t, noise):
-        """The epsilon after t rounds."""
+        """The largest epsilon of a client's example after t rounds."""
         args = self.args
         sampled = [k for s in range(1, t + 1) for k in self.sampled(s)]
         times = np.bincount(sampled, minlength=self.K)
-        most = {n: times[self.n_k == n].max() for n in set(self.n_k.tolist())}
-        costs = []
-        for n, rounds in most.items():
+        cases = []
+        for n in set(self.n_k.tolist()):
             B = min(args.local_bs, n)
-            steps = int(rounds) * args.local_ep * math.ceil(n / B)
-            costs.append(epsilon(B / n, noise, steps, args.delta or 1 / max(n, 2)))
-        return max(costs)
+            rounds = int(times[self.n_k == n].max())
+            cases.append((B / n, rounds * args.local_ep * math.ceil(n / B)))
+        return largest(cases, noise, self.delta)
+
+    def who(self):
+        return int(self.n_k.max()), 'examples of the largest client'
 
     def sampled(self, t):
         """The clients of round t."""
@@ -198,15 +260,14 @@ class PrivateClient:
         in net; B is the expected size of a batch, which may be of any size, 0 too."""
         S, B = self.args.clip, min(self.args.local_bs, len(self.y))
         z = self.args.noise if self.noise is None else self.noise
-        w = dict(net.named_parameters())
         total, loss = self.clipped_sum(net, x, y)
-        for name, p in w.items():
+        for name, p in trained(net).items():
             p.grad = (total[name] + z * S * torch.randn_like(p)) / B
         return loss / max(len(y), 1)
 
     def clipped_sum(self, net, x, y):
         """({name: the sum of the clipped gradients}, the sum of the losses)."""
-        at = {name: p.detach() for name, p in net.named_parameters()}
+        at = {name: p.detach() for name, p in trained(net).items()}
         def one(w, x, y):
             return self.loss(functional_call(net, w, (x[None],)), y[None])
         total, loss = {name: torch.zeros_like(v) for name, v in at.items()}, x.new_zeros(())
@@ -221,7 +282,11 @@ class PrivateClient:
             loss += losses.detach().sum()
         return total, loss
 
-######################################## The accountant ########################################
+def trained(net):
+    """{name: parameter} of those that are not frozen."""
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+######################################## DP-FedAvg's parts ########################################
 
 def poisson(K, C, draw):
     """S_t with each of the K clients in it with probability C, maybe none: the sampling that the
@@ -233,68 +298,3 @@ def clip(update, S):
     2)."""
     norm = update.double().norm()
     return update * (S / norm) if norm > S else update
-
-# Orders of the Renyi divergence; an epsilon is the least that any of them gives.
-ORDERS = np.concatenate([np.arange(1.5, 11, 0.1), np.arange(11, 64), 2.0 ** np.arange(6, 15)])
-
-def epsilon(q, noise, steps, delta):
-    """The epsilon at delta of `steps` sums of terms clipped to S, with Gaussian noise of deviation
-    noise S, over samples that each client (or example) is in with probability q. Neighbouring data
-    sets differ in one client (or example), which only one of them has.
-
-    Renyi divergences (Mironov et al. 2019) converted by Canonne et al. 2020, Proposition 12. inf
-    where there is no bound. Raises ValueError if q is not in [0, 1], delta not in (0, 1), or noise
-    or steps below 0.
-    """
-    if not 0 <= q <= 1:
-        raise ValueError(f'q {q}: from 0 to 1')
-    if not 0 < delta < 1:
-        raise ValueError(f'delta {delta}: above 0 and below 1')
-    if not (0 <= noise < math.inf and 0 <= steps < math.inf):
-        raise ValueError(f'noise {noise}, steps {steps}: finite and at least 0')
-    if not steps or not q:
-        return 0.0
-    found = (steps * renyi(float(q), float(noise)) + np.log1p(-1 / ORDERS)
-             - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1))
-    return max(float(found.min()), 0.0)
-
-@functools.lru_cache(None)
-def renyi(q, noise):
-    """The Renyi divergence at ORDERS of one step of the sampled Gaussian mechanism (Mironov et al.
-    2019, Section 3.3, whose sum for a fractional order a ends by itself at a whole one)."""
-    with np.errstate(all='ignore'):
-        gauss = ORDERS / (2 * np.float64(noise)**2)     # without sampling: the Gaussian mechanism's
-    if q in (0, 1):
-        return gauss if q else np.zeros(len(ORDERS))
-    sampled = [divergence(a, q, np.float64(noise)) for a in ORDERS]
-    return np.maximum(np.fmin(sampled, gauss), 0)       # sampling never costs privacy
-
-def divergence(a, q, noise):
-    """renyi at one order a, or NaN where it is beyond what floating point holds."""
-    i = np.arange(math.ceil(a) + 1000.0)
-    with np.errstate(all='ignore'):
-        factors = np.append(1, (a - i[:-1]) / (i[:-1] + 1))
-        log_binomial = np.cumsum(np.log(np.abs(factors)))                       # of a over i
-        sign = np.cumprod(np.sign(factors))
-        z0 = noise**2 * math.log(1 / q - 1) + 0.5
-        halves = []
-        for k, side in ((i, 1), (a - i, -1)):
-            tail = torch.special.log_ndtr(torch.from_numpy(side * (z0 - k) / noise)).numpy()
-            halves.append(log_binomial + k * math.log(q) + (a - k) * math.log1p(-q)
-                          + k * (k - 1) / (2 * noise**2) + tail)
-        terms = np.concatenate(halves)
-        top = np.max(terms)
-        return (top + np.log(np.sum(np.tile(sign, 2) * np.exp(terms - top)))) / (a - 1)
-
-def least_noise(cost, target):
-    """By bisection, the least noise, to 0.1 %, from 0.01 on, with cost(noise), an epsilon that
-    falls with it, at most target. Raises ValueError if there is none up to 10^6."""
-    low = high = 0.01
-    while cost(high) > target:
-        if high > 1e6:
-            raise ValueError(f'epsilon {target}: no noise up to 10^6 gives it')
-        low, high = high, 2 * high
-    while high > 1.001 * low:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    return high

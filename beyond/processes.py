@@ -1,13 +1,16 @@
 """Processes: clients train in several processes, on one machine or more.
 
+    python fedavg.py --processes 2
     torchrun --nproc_per_node=2 -- fedavg.py --dataset mnist --frac 0.1
 
-In Algorithm 1, "for each k in S_t in parallel": every process runs main(), trains its share of
-S_t, dealt by work, and holds the same w; the weighted sums are added up, by gloo on CPUs and nccl
-on GPUs. Two processes give what one gives, up to rounding (with dropout or --augment, with
---engine loop). The first process, rank 0, prints, logs and saves.
+In Algorithm 1, "for each k in S_t in parallel": every process trains its share of S_t, dealt by
+work, and holds the same w; the weighted sums are added up, by gloo on CPUs and nccl on GPUs. They
+are those that torchrun starts, each with a main() of its own, or are forked when all is prepared,
+by default one for each core. Two processes give what one gives, up to rounding (with dropout or
+--augment, with --engine loop). The first process, rank 0, prints, logs and saves.
 """
 import contextlib
+import datetime
 import os
 import pickle
 import sys
@@ -18,12 +21,30 @@ import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
 from beyond import Room
+from options import fail, number, requires
 
-GROUP = {}      # gloo's processes and their store, which know who is missing
+def flags(add):
+    """--processes, --timeout."""
+    add('processes', None, number(int, 1), 'processes in which clients train; if not given, one '
+        'for each core that may be used, m at most, and 1 on a GPU')
+    add('timeout', None, number(float, 0, 1e6, above=True), 'under torchrun: minutes that a '
+        'process waits for the others; a day if not given')
 
-def join(device):
-    """Joins the processes that torchrun has started. CPU tensors are reduced by gloo, those on
-    GPUs by nccl."""
+FREE = {'processes', 'timeout'}
+
+def check(args):
+    """torchrun says how many processes there are, and only its own wait for one another."""
+    torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
+    requires(args, 'torchrun', ['timeout'], torchrun)
+    if args.processes and torchrun:
+        fail(f'--processes {args.processes}: torchrun has started {os.environ["WORLD_SIZE"]} '
+             'already; leave the flag out')
+
+GROUP = {}      # gloo's processes and their store, which know who is missing; none if alone
+
+def join(device, minutes):
+    """Joins the processes that torchrun has started, which wait for one another for so long. CPU
+    tensors are reduced by gloo, those on GPUs by nccl."""
     cuda = device.type == 'cuda'
     if cuda:
         torch.cuda.set_device(device)
@@ -32,18 +53,27 @@ def join(device):
     # those of the living. Machines count their restarts apart, so this helps on one machine only.
     if os.environ.get('GROUP_WORLD_SIZE') == '1':
         store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
-    backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    GROUP['gloo'], GROUP['store'] = dist.new_group(backend='gloo'), store
+    connect('cpu:gloo,cuda:nccl' if cuda else 'gloo', store, rank, size, minutes)
+
+def connect(backend, store, rank, size, minutes=24 * 60):
+    """Makes this process one of `size` that find each other by the store."""
+    timeout = datetime.timedelta(minutes=minutes)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    GROUP['gloo'] = dist.new_group(backend='gloo', timeout=timeout)
+    GROUP.update(store=store, timeout=timeout)
 
 @contextlib.contextmanager
 def together():
-    """What processes do together: if another has died, this one ends too, with a line."""
+    """What processes do together: if another has died, or is late by --timeout, this one ends
+    too, with a line."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as e:
-        print(f'process {dist.get_rank()}: another process has gone: {missing(e)}',
-              file=sys.stderr, flush=True)
+        GROUP.get('broken', lambda: None)()
+        print(f'process {dist.get_rank()}: another process has gone, or is later than --timeout: '
+              f'{missing(e)}', file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)     # at once: an orderly exit would wait for the one that has gone
 
@@ -64,8 +94,10 @@ def missing(error):
 
 def all_sum(tensors):
     """Adds each tensor up over all processes, in place."""
+    if not GROUP:
+        return
     with together():
-        dist.monitored_barrier(GROUP['gloo'])
+        dist.monitored_barrier(GROUP['gloo'], GROUP['timeout'])
         for v in tensors:
             dist.all_reduce(v)
 
@@ -99,26 +131,9 @@ def shares(S_t, cost, size):
 
 class Processes(Room):
     """Each process trains its share of S_t."""
-    def __init__(self, args):
-        join(args.device)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        if self.rank:
-            sys.stdout = open(os.devnull, 'w')
-        super().__init__(args)
-
-    def holdings(self):
-        """The first process of a machine may have to download what the others then find."""
-        first = os.environ.get('LOCAL_RANK', '0') == '0'
-        if not first:
-            all_sum([])
-        holdings = super().holdings()
-        if first:
-            all_sum([])
-        return holdings
-
-    def prepare(self):
-        super().prepare()
+    def launch(self, algorithm):
         self.test_set = self.test_share()
+        return super().launch(algorithm)
 
     def test_share(self):
         """The part of the test set that this process evaluates."""
@@ -126,6 +141,8 @@ class Processes(Room):
 
     def share(self, S_t):
         """This process's clients. What they keep is lent by the first process."""
+        if not GROUP:
+            return S_t
         dealt = shares(S_t, self.cost, self.size)
         if self.keeps:
             box = [{k: self.lent(k) for k in ks} for ks in dealt] if self.rank == 0 else None
@@ -141,7 +158,7 @@ class Processes(Room):
 
     def collect(self, messages, r):
         """Where updates are gathered, the messages of all processes at the first one."""
-        if not self.gathers:
+        if not self.gathers or not GROUP:
             yield from messages
             return
         if self.rank == 0:
@@ -159,6 +176,8 @@ class Processes(Room):
     def average(self, updates, w, r):
         """FedAvg over all processes, each of which has a term in the sum, if of weight 0. Adds up
         what was counted in the round."""
+        if not GROUP:
+            return super().average(updates, w, r)
         w = super().average(self.completed(updates, w), w, r)
         tallies = [None] * self.size
         with together():
@@ -178,13 +197,36 @@ class Processes(Room):
 
     def from_rank_0(self, value):
         box = [value]
-        with together():
-            dist.broadcast_object_list(box, device=torch.device('cpu'))
+        if GROUP:
+            with together():
+                dist.broadcast_object_list(box, device=torch.device('cpu'))
         return box[0]
 
     def finish(self, code):
         code = super().finish(code)
         if code != 130:     # torchrun would end the first process if another left with an error
             all_sum([])
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        GROUP.clear()
         return code
+
+class Torchrun(Processes):
+    """The processes that torchrun has started."""
+    def __init__(self, args):
+        join(args.device, args.timeout or 24 * 60)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if self.rank:
+            sys.stdout = open(os.devnull, 'w')
+        super().__init__(args)
+
+    def holdings(self):
+        """The first process of a machine may have to download what the others then find."""
+        first = os.environ.get('LOCAL_RANK', '0') == '0'
+        if not first:
+            all_sum([])
+        holdings = super().holdings()
+        if first:
+            all_sum([])
+        return holdings
+

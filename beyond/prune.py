@@ -98,7 +98,10 @@ class Pruned(Room):
     def load(self, state):
         super().load(state)
         if state:
-            self.mask = state['Pruned']['mask']
+            mask = state['Pruned']['mask']
+            if mask.shape != self.mask.shape or mask.dtype != torch.bool:
+                raise ValueError('a mask of another length')
+            self.mask = mask
             self.holders = set() if self.silo else set(state['Pruned']['holders'])
 
 class PrunedClient:

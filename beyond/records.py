@@ -5,12 +5,12 @@
 
 Nothing in Algorithm 1 changes. Each round adds a row to the log and, every --save_every rounds,
 replaces the checkpoint, which --resume goes on from, bit for bit, under the same flags, device and
-number of processes. Both survive a kill at any moment.
+number of processes. Both survive a kill at any moment. No state of a random generator is in the
+checkpoint, as none depends on what ran before (sampling.rng).
 """
 import contextlib
-import csv
 import importlib.util
-import itertools
+import io
 import json
 import math
 import os
@@ -21,10 +21,8 @@ import threading
 import torch
 
 from beyond import Room, rooms
-from options import FREE, args_parser, fail, number, shown, writable
-
-COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'lost', 'late',
-           'up_bytes', 'down_bytes', 'round_time', 'epsilon', 'seconds')
+from beyond.files import COLUMNS, misfit, opened, replace, rows, set_aside, written
+from options import FREE, fail, number, shown, writable
 
 def flags(add):
     """--csv, --checkpoint, --save_every, --resume, --plot."""
@@ -61,24 +59,41 @@ class Records(Room):
         super().__init__(args)
         self.options = vars(args) | {'num_users': self.K}
         del self.options['device'], self.options['shape']
-        # What silos keep is saved by each of them; all else by the first process.
-        self.file = args.checkpoint if self.rank == 0 else None
-        if args.checkpoint and self.rank and self.silo and self.keeps:
-            self.file = f'{args.checkpoint}.{self.rank}'
-        self.log = args.csv if self.rank == 0 else None
         self.before = {}            # a silo's state() after the round before
+        self.first = 1              # round of this start
+
+    @property
+    def file(self):
+        """The checkpoint: of the first process, and, of what silos keep, of each."""
+        if self.rank == 0 or not self.args.checkpoint:
+            return self.args.checkpoint
+        return f'{self.args.checkpoint}.{self.rank}' if self.silo and self.keeps else None
+
+    @property
+    def log(self):
+        """The log, of the first process."""
+        return self.args.csv if self.rank == 0 else None
 
     def prepare(self):
         saved = self.resumed()
-        self.load(saved)
+        try:
+            self.load(saved)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            fail(f'--resume 1: {self.file} does not hold what these flags need '
+                 f'({type(e).__name__}: {str(e).splitlines()[0]}); name another --checkpoint',
+                 everyone=True)
         super().prepare()
+        for path in (self.file, self.log, self.args.plot):
+            if path:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
         if self.args.gpu != -1 and self.args.device.type == 'cpu':
             print('no CUDA here, so this runs on the CPU')
         print(f'{self.args.dataset}: {self.n_k.sum()} training examples; {self.K} clients with '
               f'{self.n_k.min()} to {self.n_k.max()} each; {self.args.model} with '
               f'{sum(p.numel() for p in self.net.parameters()):,} parameters on {self.size} x '
               f'{self.args.device}')
-        print(f'in use, outermost first: {names(type(self))}; clients: {names(self.Client)}')
+        print(f'in use, outermost first: {names(type(self), self.idle())}; clients: '
+              f'{names(self.Client)}')
         if saved:
             print(f'resumed from {self.file} after round {len(self.history)}; --epochs is '
                   f'{self.args.epochs}')
@@ -86,6 +101,7 @@ class Records(Room):
             set_aside(self.file)
         if not saved or saved['options']['csv'] != self.args.csv:
             set_aside(self.log)
+        self.first = len(self.history) + 1
         self.rewrite_log()
 
     def resumed(self):
@@ -94,6 +110,7 @@ class Records(Room):
         if self.rank == 0 and self.file and self.args.resume and os.path.exists(self.file):
             saved = opened('checkpoint', self.file)
             self.compare(saved['options'])
+            self.fit(saved)
         saved = self.from_rank_0(saved)
         return saved | self.of_this_silo(saved) if saved and self.silo and self.rank else saved
 
@@ -107,6 +124,21 @@ class Records(Room):
                      for name in other)
             fail(f'--resume 1: the checkpoint was made with {", ".join(given)}; give the same, or '
                  'another --checkpoint', everyone=True)
+
+    def fit(self, saved):
+        """Exits with an error if the checkpoint is not of this net and number of processes."""
+        reason, self.w = misfit(saved['w'], self.net), saved['w']
+        kept, keeps = (set(state) - {'options', 'processes', 'w', 'history'}
+                       for state in (saved, self.state()))
+        if kept != keeps:
+            reason = (f'it holds the state of {", ".join(sorted(kept)) or "no class"}, and this '
+                      f'run has that of {", ".join(sorted(keeps)) or "none"}')
+        processes = saved.get('processes')
+        if processes != self.size and 'TORCHELASTIC_RUN_ID' in os.environ:
+            reason = f'it was made by --nproc_per_node={processes}, and these are {self.size}'
+        if reason:
+            fail(f'--resume 1: {self.file} does not fit: {reason}; name another --checkpoint, or '
+                 'start the run as it was started before', everyone=True)
 
     def of_this_silo(self, saved):
         """What this silo kept after the round of saved, the first one's: its own file has that of
@@ -132,7 +164,7 @@ class Records(Room):
         with uninterrupted():
             super().end(w, row, r)
             if self.log:
-                with open(self.log, 'a', newline='') as f:
+                with written('csv', self.log), open(self.log, 'a', newline='') as f:
                     rows(f).writerow(row)
             if r.t % self.args.save_every == 0:
                 self.save()
@@ -144,14 +176,20 @@ class Records(Room):
         if wait and self.rank == 0:
             self.all_sum([])
         if self.file:
-            write(self.file, self.content())
+            self.write()
         if wait and self.rank:
             self.all_sum([])
+
+    def write(self):
+        """Replaces the checkpoint."""
+        content = io.BytesIO()
+        torch.save(self.content(), content)
+        replace('checkpoint', self.file, content.getbuffer())
 
     def content(self):
         """What the checkpoint holds."""
         if not self.rank:
-            return {'options': self.options} | self.state()
+            return {'options': self.options, 'processes': self.size} | self.state()
         t = len(self.history)
         if t not in self.before:
             own = {name: v for name, v in self.state().items() if name not in ('w', 'history')}
@@ -162,19 +200,23 @@ class Records(Room):
         """The log with the options, as JSON, and the rows so far."""
         if not self.log:
             return
-        with open(self.log + '.tmp', 'w', newline='') as f:
-            options = {name: 'inf' if v == math.inf else v for name, v in self.options.items()}
-            f.write(f'# {json.dumps(options | self.notes())}\n')
-            rows(f).writeheader()
-            rows(f).writerows(self.history)
-        os.replace(self.log + '.tmp', self.log)
+        options = {name: 'inf' if v == math.inf else v for name, v in self.options.items()}
+        text = io.StringIO()
+        text.write(f'# {json.dumps(options | self.notes())}\n')
+        rows(text).writeheader()
+        rows(text).writerows(self.history)
+        replace('csv', self.log, text.getvalue().encode())
 
     def describe(self, row):
         best = max(past['test_acc'] for past in self.history)
         remaining = row['seconds'] * (self.args.epochs - row['round'])
         row = row | {'train_loss': math.nan if row['train_loss'] == '' else row['train_loss']}
-        return (f'{super().describe(row)}   best {100 * best:.2f} %   '
+        line = (f'{super().describe(row)}   best {100 * best:.2f} %   '
                 f'{row["seconds"]:.2f} s   {remaining:.0f} s left')
+        if row['round'] == self.first and remaining > 600:
+            line += (f'\nthe {self.args.epochs - row["round"]} rounds to come will take about '
+                     f'{remaining / 60:.0f} minutes')
+        return line
 
     def summary(self):
         seconds = sum(row['seconds'] for row in self.history)
@@ -187,18 +229,20 @@ class Records(Room):
         if code == 130:         # torchrun sends a second one, which would cut saving short
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.file:
-            write(self.file, self.content())
+            self.write()
             print(f'checkpoint: {self.file}, after round {len(self.history)}')
         code = super().finish(code)
         if self.history and self.args.plot and self.rank == 0:
-            plot(self.args.plot, self.history)
+            with written('plot', self.args.plot):
+                plot(self.args.plot, self.history)
         if 'accuracies' in self.notes():
             self.rewrite_log()
         return code
 
-def names(cls):
-    """The classes that cls is made of, as text."""
-    return ', '.join(base.__name__ for base in cls.__mro__[1:] if base not in (object, Room))
+def names(cls, idle=()):
+    """The classes that cls is made of, but for idle ones, as text."""
+    return ', '.join(base.__name__ for base in cls.__mro__[1:]
+                     if base not in (object, Room) and base.__name__ not in idle)
 
 @contextlib.contextmanager
 def uninterrupted():
@@ -213,45 +257,7 @@ def uninterrupted():
     finally:
         signal.signal(signal.SIGINT, before)
     if came:
-        raise KeyboardInterrupt
-
-def rows(f):
-    """A writer of rows, each a dict by COLUMNS, to the open file f."""
-    return csv.DictWriter(f, COLUMNS, lineterminator='\n', extrasaction='ignore')
-
-def set_aside(path):
-    """Renames what an earlier run wrote at path to path.old (.old1, ...)."""
-    if path and os.path.exists(path) and os.path.getsize(path):
-        candidates = (f'{path}.old{i or ""}' for i in itertools.count())
-        old = next(name for name in candidates if not os.path.exists(name))
-        os.replace(path, old)
-        print(f'{path} existed already: it is {old} now')
-
-def write(path, content):
-    """The checkpoint, never half of it: written beside it and renamed."""
-    try:
-        torch.save(content, path + '.tmp')
-        os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as e:        # torch.save raises the latter on a full disk
-        fail(f'--checkpoint {path}: could not be written ({str(e).splitlines()[0]}); the one '
-             'before is as it was', everyone=True)
-
-def opened(flag, path):
-    """The content of the checkpoint at path, which --flag names, {'options', 'w', 'history' and a
-    name for each class with a state}. Exits with one line if it is none."""
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-        if 'kept' not in saved and not (saved['w'] and 'csv' in saved['options']):
-            raise ValueError('half empty')
-        saved['options'] = vars(args_parser([], rooms())) | saved['options']
-        for row in saved.get('history', ()):
-            if not set(COLUMNS) <= set(row):
-                raise ValueError('half empty')
-    except Exception as e:      # what torch.load raises for foreign bytes is not documented
-        leave = '--resume' if flag == 'checkpoint' else f'--{flag}'
-        fail(f'--{flag} {path}: not a checkpoint of this program, or of another version of it '
-             f'({type(e).__name__}); name one, or leave {leave} out', everyone=True)
-    return saved
+        before(signal.SIGINT, None)
 
 def plot(path, history):
     """Accuracy and loss against rounds, as a picture at path."""

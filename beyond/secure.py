@@ -8,30 +8,28 @@ rounds, in which clients mask what they send and, if some are lost, help to unma
 others. w_k - w is clamped to plus or minus --range, rounded stochastically, and n_k times that, as
 whole numbers, is the client's term of a sum modulo 2^32.
 
-It is written to be read, and has not been audited: the server is honest but curious, there are no
-signatures, so that a server that lies about who takes part, or who is lost, is not found out.
+protocol.py has the protocol, in which each client shares its secrets with --neighbors others (Bell
+et al. 2020). It has not been audited, and its server is honest but curious.
 """
-import contextlib
-import hashlib
-import json
 import math
-import secrets
 
 import numpy as np
 import torch
 
 from beyond import Room
-from beyond.crypto import (KEY, PRIME, SHARE, about, agree, expand, join, keys_of, read, seal,
-                           shares_of, split, term, unseal, vector, written)
+from beyond.crypto import term
 from beyond.flat import flat, unflat
+from beyond.protocol import STEPS, SecureClient, neighborhood, secure_sum, share_threshold
 from options import fail, number, requires
 from sampling import rng
 
 def flags(add):
-    """--secagg, --threshold, --range."""
+    """--secagg, --threshold, --neighbors, --range."""
     add('secagg', 0, bool, '1: secure aggregation; the server sees masked integers and their sum')
     add('threshold', None, number(float, 0, 1, above=True), 'with --secagg: fraction of S_t that '
         'must stay for the sum to be revealed; 2/3 if not given; half or less is not safe')
+    add('neighbors', None, number(int, 2), 'with --secagg: the clients with which each shares its '
+        'secrets, an even number; as many as privacy takes if not given')
     add('range', None, number(float, 1e-9, 1e9), 'with --secagg: values of w_k - w are clamped to '
         'plus or minus this; 1, or --clip, if not given')
 
@@ -40,13 +38,17 @@ CLASHES = (('topk', 'secagg', 'whose clients would send different values, which 
 
 def check(args):
     """A sum has several terms. Fills in the threshold."""
-    requires(args, '--secagg 1', ('threshold', 'range'), args.secagg)
+    requires(args, '--secagg 1', ('threshold', 'neighbors', 'range'), args.secagg)
+    if args.neighbors and args.neighbors % 2:
+        fail(f'--neighbors {args.neighbors}: half of them are on either side; take an even number')
     one = round(args.frac * args.num_users) < 2 and not args.silo and args.dp != 'user'
     if args.secagg and one:
         fail(f'--secagg 1: a round samples one client (--frac {args.frac}), and the sum of one is '
              'its update; sample more')
     if args.secagg:
         args.threshold = args.threshold or 2 / 3
+
+LEAST_BITS = 12     # below, the rounding of a value may be longer than its update
 
 ######################################### The room #########################################
 
@@ -58,13 +60,14 @@ class Secure(Room):
     def prepare(self):
         super().prepare()
         args = self.args
-        weights = sum(self.weight(k) for k in range(self.K))
-        fits = (2**32 // weights).bit_length() - 1      # the sum of all stays below 2^32
+        weights = sorted((self.weight(k) for k in range(self.K)), reverse=True)
+        fits = (2**32 // sum(weights[:self.most()])).bit_length() - 1   # the sum stays below 2^32
         self.bits = args.quantize or min(16, fits)
-        if not 1 <= self.bits <= fits:
-            fail(f'--quantize {self.bits}: with --secagg the sum may exceed 32 bits; {fits} fit'
-                 if fits > 0 else '--secagg 1: the clients have too many examples for 32 bits; '
-                 'sample fewer', everyone=True)
+        if fits < (args.quantize or LEAST_BITS):
+            fail(f'--secagg 1{f" --quantize {args.quantize}" * bool(args.quantize)}: a round can '
+                 f'have so many examples that {max(fits, 0)} bits a value fit into a sum of 32; '
+                 f'take a smaller --frac, or --quantize 1 to {max(fits, 1)}', everyone=True)
+        print(f'--secagg 1: {self.bits} bits a value, from -{self.bound():g} to {self.bound():g}')
         self.level = 2 * self.bound() / (2**self.bits - 1)      # between two levels of rounding
         d = len(flat(self.w))
         if not self.allows(d ** 0.5 * self.level):
@@ -90,38 +93,47 @@ class Secure(Room):
         """What client u.k adds to the sum, (d + 1,) uint32. Raises ValueError for NaN."""
         v = (flat(u.w) - flat(w))[self.at(u.k, r)].double()
         v = self.bounded(v, len(v) ** 0.5 * self.level)         # rounding adds that much at most
-        v = np.append(v, (u.loss / 8 - 1) * self.bound())
+        v = np.append(v, (np.nan_to_num(u.loss, nan=16) / 8 - 1) * self.bound())
         draw = rng(self.args.seed, 'quantize', r.t, u.k)
         return term(v, self.bound(), self.bits, self.weight(u.k), draw)
 
     def receive(self, updates, w, r):
         """One Update for all: the mean of those that stayed; none if they are too few."""
         r.kept, asked = {}, sorted(r.S_t)
-        threshold = max(math.ceil(round(self.args.threshold * len(asked), 9)), self.least)
+        threshold = self.quorum(len(asked))
+        graph = self.graph(len(asked), threshold)
         clients, length = {}, len(flat(w)[self.at(0, r)]) + 1
         for u in self.terms((self.pack(u, w, r) for u in updates), r):
             r.tally['sent'] += 1
             if u.w:
-                clients[u.k] = SecureClient(u.k, np.frombuffer(u.w, '<u4'), threshold)
+                clients[u.k] = SecureClient(u.k, np.frombuffer(u.w, '<u4'), graph[1])
                 r.kept[u.k] = u.kept
             else:
                 r.tally['rejected'] += 1
                 print(f'client {u.k} is left out: it holds NaN or infinity')
         nothing = np.zeros(length, np.uint32)       # of a lost client, which never sends it
         lost = vars(r).get('lost', {})
-        clients = {k: SecureClient(k, nothing, threshold) for k in lost} | clients
+        clients = {k: SecureClient(k, nothing, graph[1]) for k in lost} | clients
         self.serve(clients, r)
         if self.rank:
             return
         ks = asked if self.silo else sorted(clients)
         try:
-            total, survivors = secure_sum(self.asker(clients, lost, r), ks, threshold, length)
+            ask = self.asker(clients, lost, r)
+            total, survivors = secure_sum(ask, ks, threshold, length, graph)
         except ValueError as e:
             print(f'round {r.t}: secure aggregation is given up: {e}')
             return
         finally:
             self.dismiss(r)
         yield self.merged(total, survivors, w, r)
+
+    def graph(self, m, stay):
+        """(degree, t) of the graph of m clients, `stay` of which have to stay."""
+        neighbors = self.args.neighbors
+        if neighbors and neighbors < m - 1:
+            return neighbors, share_threshold(m, neighbors)
+        return not neighbors and neighborhood(m, min(stay, m)) or (m, stay)
 
     def terms(self, messages, r):
         """The clients' terms, at the first process; those of silos stay with them."""
@@ -165,137 +177,3 @@ def answered(client, step, message):
         return client.answer(step, message) if client else b''
     except ValueError:
         return b''
-
-####################################### The protocol #######################################
-
-STEPS = 'advertise', 'share', 'mask', 'reveal'      # the protocol's rounds
-class SecureClient:
-    """One client's side of secure aggregation (Bonawitz et al. 2017, Figure 4): four answers to the
-    server, bytes for bytes.
-
-    k: its number; x: (d,) uint32, what it adds to the sum modulo 2^32; threshold: how many clients
-    must stay.
-    """
-    def __init__(self, k, x, threshold):
-        self.k, self.x, self.threshold, self.steps = k, x, threshold, STEPS
-        # c^SK, s^SK and b of the paper
-        self.sealing, self.masking, self.seed = (secrets.randbits(256) for _ in range(3))
-
-    def answer(self, step, message):
-        """Its answer in a step, each of STEPS once and in order. Raises ValueError, and answers no
-        more, if the clients are fewer than the threshold or the message is not what it should
-        be."""
-        if step not in self.steps[:1]:
-            raise ValueError(f'{step!r} is not the next step')
-        steps, self.steps = self.steps[1:], ()
-        try:
-            answer = getattr(self, step)(message)
-        except (ArithmeticError, AttributeError, LookupError, TypeError) as e:
-            raise ValueError(f'a message makes no sense: {e!r}') from e
-        self.steps = steps
-        return answer
-
-    def advertise(self, _):
-        """Round 0: its two public keys."""
-        keys = [pow(2, private, PRIME) for private in (self.sealing, self.masking)]
-        return json.dumps([written(key, KEY) for key in keys]).encode()
-
-    def share(self, message):
-        """Round 1: the public keys of all, {k: keys}, in; out, for each of the others, sealed
-        shares of masking key and seed."""
-        self.public = {int(v): [read(key, KEY) for key in keys]
-                       for v, keys in json.loads(message).items()}
-        self.enough(self.public)
-        if len({key for keys in self.public.values() for key in keys}) < 2 * len(self.public):
-            raise ValueError('two keys are the same')
-        self.common = {v: agree(self.sealing, keys[0])
-                       for v, keys in self.public.items() if v != self.k}
-        xs = [v + 1 for v in self.public]
-        shares = [split(secret, xs, self.threshold) for secret in (self.masking, self.seed)]
-        self.own = shares[1][self.k + 1]
-        sealed = {}
-        for v in self.common:
-            text = json.dumps([written(of[v + 1], SHARE) for of in shares]).encode()
-            sealed[v] = seal(self.channel(v, self.k), text).hex()
-        return json.dumps(sealed).encode()
-
-    def mask(self, message):
-        """Round 2: what the others have sealed for it, {k: hex}, in; out x, plus its seed's mask,
-        plus or minus a mask for each pair."""
-        self.sealed = {int(v): bytes.fromhex(text) for v, text in json.loads(message).items()}
-        self.enough([self.k, *self.sealed])
-        y = self.x + expand(self.seed.to_bytes(32, 'big'), len(self.x))
-        for v in self.sealed:
-            pair = expand(agree(self.masking, self.public[v][1]), len(y))
-            y = y + pair if self.k < v else y - pair
-        return y.astype('<u4').tobytes()
-
-    def reveal(self, message):
-        """Round 3: who has sent its masked x, [k, ...], in; out {k: share}: of the seed of those
-        who have, of the masking key of those who have not. Both of one client would unmask it."""
-        survivors = set(json.loads(message)) & {self.k, *self.sealed}
-        self.enough(survivors)
-        if self.k not in survivors:
-            raise ValueError('it has sent its masked vector')
-        shares = {self.k: written(self.own, SHARE)}
-        for v, text in self.sealed.items():
-            both = json.loads(unseal(self.channel(v, v), text))
-            shares[v] = written(read(both[v in survivors], SHARE), SHARE)
-        return json.dumps(shares).encode()
-
-    def channel(self, v, sender):
-        """The key under which `sender`, this client or v, seals for the other of the two."""
-        return hashlib.sha256(self.common[v] + sender.to_bytes(8, 'big')).digest()
-
-    def enough(self, clients):
-        """Raises ValueError if the clients are fewer than the threshold."""
-        if len(clients) < self.threshold:
-            raise ValueError(f'{len(clients)} clients are left, {self.threshold} are needed')
-
-def secure_sum(ask, ks, threshold, d):
-    """(sum, survivors): the sum modulo 2^32, (d,) uint32, of what the clients of ks add that have
-    sent it, a list, from masked vectors alone (Bonawitz et al. 2017, Figure 4, the server's side).
-
-    ask(k, step, message): client k's answer, bytes, in a step of STEPS; None or ValueError once it
-    is lost. A client whose answer makes no sense is lost too. Raises ValueError if fewer than
-    threshold answer.
-    """
-    def everyone(step, messages, parse):
-        answers = {}
-        for k, message in messages.items():
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                answer = ask(k, step, message)
-                if answer is not None:
-                    answers[k] = parse(k, answer)
-        if len(answers) < threshold:
-            raise ValueError(f'{len(answers)} of {len(ks)} clients have answered "{step}", '
-                             f'{threshold} are needed')
-        return answers
-    public = everyone('advertise', dict.fromkeys(ks, b''), lambda k, answer: keys_of(answer))
-    text = json.dumps({k: [written(key, KEY) for key in keys] for k, keys in public.items()})
-    sealed = everyone('share', dict.fromkeys(public, text.encode()),
-                      lambda k, answer: about(answer, set(public) - {k}))
-    inbox = {k: json.dumps({v: sealed[v][k] for v in sealed if v != k}).encode() for k in sealed}
-    masked = everyone('mask', inbox, lambda k, answer: vector(answer, d))
-    text = json.dumps(list(masked))
-    shares = everyone('reveal', dict.fromkeys(masked, text.encode()),
-                      lambda k, answer: shares_of(answer, sealed))
-    total = np.zeros(d, np.uint32)
-    for y in masked.values():
-        total += y
-    for v in sealed:
-        secret = join({k + 1: shares[k][v] for k in list(shares)[:threshold]})
-        unmask(total, secret, v, list(masked), public)
-    return total, list(masked)
-
-def unmask(total, secret, v, survivors, public):
-    """Takes out of total what client v's secret has put in: its seed's mask, or, if it is lost, the
-    masks of its pairs, which nothing cancels."""
-    if secret >= 2**256:
-        raise ValueError(f'the shares of client {v} do not fit together')
-    if v in survivors:
-        total -= expand(secret.to_bytes(32, 'big'), len(total))
-        return
-    for k in survivors:
-        pair = expand(agree(secret, public[k][1]), len(total))
-        total += pair if k > v else -pair

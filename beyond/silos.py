@@ -14,13 +14,13 @@ import torch
 from torch.utils.data import TensorDataset
 
 from beyond.flat import flat, unflat
-from beyond.processes import Processes, all_sum, receive, send
+from beyond.processes import Torchrun, all_sum, receive, send
 from compress import decode
 from options import fail, shown
 from sampling import load
 
 # Flags in which silos may differ: no weights depend on them.
-LOCAL = {'data_dir', 'gpu', 'bs', 'csv', 'checkpoint', 'resume', 'plot', 'verbose'}
+LOCAL = {'data_dir', 'gpu', 'bs', 'csv', 'checkpoint', 'resume', 'plot', 'timeout', 'verbose'}
 MESSAGE = struct.Struct('<qd')          # k and loss, which go before a payload
 
 def flags(add):
@@ -46,7 +46,7 @@ def check(args):
         fail('--silo 1: a silo holds the files it has; leave out --iid 0, --alpha and --unequal')
     args.data_dir = args.data_dir.replace('{rank}', os.environ['RANK'])
 
-class Silos(Processes):
+class Silos(Torchrun):
     """One client in each process."""
     silo = gathers = True
     averaging = False

@@ -22,7 +22,7 @@ def lognormal(text):
     """--speeds' type: the S of lognormal:S."""
     name, _, sigma = text.partition(':')
     if name != 'lognormal':
-        raise argparse.ArgumentTypeError(f'{text!r} will not do; it takes lognormal:S')
+        raise argparse.ArgumentTypeError(f'{text!r} is invalid; expected lognormal:S')
     return number(float, 0, 10, hint='as lognormal:1')(sigma)
 
 def flags(add):

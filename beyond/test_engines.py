@@ -8,14 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import beyond
 import fedavg
 import options
 import sampling
-from beyond.engines import Stack, fingerprint, unstackable
+from beyond.engines import fingerprint, unstackable
 from beyond.local import AdamW, Proximal
+from beyond.stacks import Stack
 from test_fedavg import (HERE, client_args, data, final, image_toy, near, refused,      # noqa: F401
                          run)
 
@@ -153,7 +155,7 @@ def test_clients_that_do_not_say_that_they_stack_train_one_by_one(
         run('--engine stacked', Own)
     assert capsys.readouterr().err.count('cannot train stacked') == 1
 
-@pytest.mark.parametrize('name', ['train', 'gradient', 'model', '__init__'])
+@pytest.mark.parametrize('name', ['train', 'gradient', 'model', '__init__', 'adjust'])
 def test_an_edit_of_localupdate_is_never_without_effect(
         run, monkeypatch, capsys, name):        # noqa: F811
     called, method = [], getattr(fedavg.LocalUpdate, name)
@@ -162,7 +164,7 @@ def test_an_edit_of_localupdate_is_never_without_effect(
         return method(self, *words)
     monkeypatch.setattr(fedavg.LocalUpdate, name, edited)
     run('--epochs 1')
-    assert len(called) >= 3 and 'are not those that a stack stands for' in capsys.readouterr().out
+    assert len(called) >= 3 and 'has been edited' in capsys.readouterr().out
 
 def test_an_edit_of_the_file_is_never_without_effect(tmp_path, data):       # noqa: F811
     for name in ('fedavg', 'models', 'sampling', 'compress', 'options'):
@@ -171,17 +173,37 @@ def test_an_edit_of_the_file_is_never_without_effect(tmp_path, data):       # no
     path = tmp_path / 'fedavg.py'
     line = '                self.adjust(parameters, start)\n'
     assert path.read_text().count(line) == 1
-    path.write_text(path.read_text().replace(line, line + '                print("edited")\n'))
-    command = f'fedavg.py --data_dir {data} --num_users 10 --frac 0.2 --epochs 1 --gpu -1'
+    path.write_text(path.read_text().replace(line, line + '                print("a step")\n'))
+    command = (f'fedavg.py --data_dir {data} --num_users 10 --frac 0.2 --epochs 1 --gpu -1 '
+               '--processes 1')
     done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True,
                           text=True)
-    assert done.returncode == 0 and done.stdout.count('edited') == 6, done.stderr
+    assert done.returncode == 0 and done.stdout.count('a step') == 6, done.stderr
 
 def test_a_comment_is_no_edit_and_batchnorm_is_left_to_the_loop():
-    assert unstackable(fedavg.LocalUpdate, nn.Linear(2, 2)) is None
-    assert len(fingerprint(fedavg.LocalUpdate)) == 16
+    assert unstackable(fedavg.LocalUpdate, fedavg.Server, nn.Linear(2, 2)) is None
+    assert len(fingerprint(fedavg.LocalUpdate.train)) == 16
     norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    assert 'running statistics' in unstackable(fedavg.LocalUpdate, norm)
+    assert 'running statistics' in unstackable(fedavg.LocalUpdate, fedavg.Server, norm)
+
+def test_an_edit_of_the_servers_training_is_never_without_effect(
+        run, monkeypatch, capsys):      # noqa: F811
+    called, train = [], fedavg.Server.train
+    def edited(self, w, S_t, r):
+        called.append(r.t)
+        return train(self, w, S_t, r)
+    monkeypatch.setattr(fedavg.Server, 'train', edited)
+    run('--epochs 1')
+    assert called == [1] and 'Server.train has been edited' in capsys.readouterr().out
+
+def test_a_loss_without_a_value_for_each_example_is_refused(run, capsys):       # noqa: F811
+    class Mean:
+        stacks = True
+        def loss(self, logits, y, reduction='mean'):
+            return F.cross_entropy(logits, y)
+    with pytest.raises(SystemExit):
+        run('', Mean)
+    assert 'Mean gives a loss of shape () with' in capsys.readouterr().err
 
 def test_auto_stacks_where_it_is_faster():
     args = options.args_parser([], beyond.rooms())

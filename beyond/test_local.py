@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import fedavg
+import models
 from beyond.local import AdamW, Proximal
-from test_fedavg import client_args, data, final, run, same, toy      # noqa: F401
+from test_fedavg import client_args, data, final, run, same, toy, watched     # noqa: F401
 
 def client(room, **more):
     """A client of toy()'s examples with one room's hooks, and its net."""
@@ -51,3 +52,17 @@ def test_adamw_starts_each_round_afresh():
         torch.manual_seed(5)
         results.append(adamw.train(net)[0])
     assert same(*results)
+
+@pytest.mark.parametrize('engine', ['loop', 'auto'])
+@pytest.mark.parametrize('words', ['--mu 0.1', '--optimizer adamw --lr 0.001',
+                                   '--dp example --clip 1 --noise 0.1'])
+def test_frozen_parameters_stay(run, words, engine, monkeypatch):       # noqa: F811
+    class Frozen(models.TwoNN):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.fc1.requires_grad_(False)
+    monkeypatch.setattr(models, 'TwoNN', Frozen)
+    Watched, seen = watched()
+    run(f'{words} --engine {engine} --epochs 2', Watched)
+    stay = [name for name in seen[0] if torch.equal(seen[0][name], seen[1][name])]
+    assert stay == ['fc1.weight', 'fc1.bias']

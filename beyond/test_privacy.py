@@ -10,11 +10,12 @@ from torch import nn
 
 import fedavg
 import sampling
-from beyond.privacy import (ORDERS, PrivateClient, PrivateServer, clip, epsilon, least_noise,
-                            poisson, renyi)
+from beyond.accountant import ORDERS, largest, renyi
+from beyond.privacy import (PrivateClient, PrivateServer, clip, epsilon, least_noise,
+                            poisson)
 from beyond.test_wire import server
 from beyond.wire import Wire
-from test_fedavg import client_args, data, final, run, toy      # noqa: F401
+from test_fedavg import client_args, data, final, refused, run, toy     # noqa: F401
 
 # {(q, noise, steps, delta): epsilon by dp-accounting 0.6's RdpAccountant}
 ACCOUNTED = {
@@ -105,27 +106,51 @@ def test_dp_adds_noise_of_z_times_s_to_what_is_not_pruned(run):     # noqa: F811
 
 def test_dp_runs_log_what_they_cost_and_stop_when_it_is_spent(run, capsys, tmp_path):   # noqa: F811
     history = run('--dp user --clip 0.5 --noise 0.8 --frac 0.1 --epochs 12')
-    assert [row['epsilon'] for row in history] == [epsilon(0.1, 0.8, t, 0.1) for t in range(1, 13)]
+    delta = 10 ** -1.1
+    assert [row['epsilon'] for row in history] == [
+        epsilon(0.1, 0.8, t, delta) for t in range(1, 13)]
+    out = capsys.readouterr().out
+    assert 'epsilon 0.346 at delta 0.079' in out and ' at delta 0.0794 (user' in out
     assert any(row['clients'] == 0 for row in history)
     assert len({row['test_loss'] for row in history}) == 12
     words = f'--dp user --clip 0.5 --epsilon 4 --checkpoint {tmp_path}/c.pt'
     run(words)
     noise = float(re.search(r'noise ([\d.]+) for 3 rounds', capsys.readouterr().out)[1])
-    assert epsilon(0.3, noise, 3, 0.1) <= 4 < epsilon(0.3, noise, 4, 0.1)
+    assert epsilon(0.3, noise, 3, delta) <= 4 < epsilon(0.3, noise, 4, delta)
     assert len(run(f'{words} --epochs 6 --resume')) == 3
     assert '--epsilon 4.0 is spent after round 3' in capsys.readouterr().out
 
 def test_dp_sgd_costs_what_it_costs_the_client_that_is_sampled_most(run):      # noqa: F811
     history = run('--dp example --clip 1 --noise 2 --unequal 1')
     n_k, costs = sampling.sizes(300, 10, unequal=True, seed=1).tolist(), []
+    delta = max(n_k) ** -1.1
     times = np.zeros(10, int)
     for t in (1, 2, 3):
         times[sampling.select(10, 0.3, sampling.rng(1, 'select', t))] += 1
-        costs.append(max(epsilon(min(10 / n, 1), 2, rounds * math.ceil(n / 10), 1 / max(n, 2))
+        costs.append(max(epsilon(min(10 / n, 1), 2, rounds * math.ceil(n / 10), delta)
                          for n, rounds in zip(n_k, times.tolist())))
     assert [row['epsilon'] for row in history] == costs
     whole = run('--dp example --clip 1 --noise 2 --local_bs inf --frac 1')      # no sampling
-    assert [row['epsilon'] for row in whole] == [epsilon(1, 2, t, 1 / 30) for t in (1, 2, 3)]
+    assert [row['epsilon'] for row in whole] == [
+        epsilon(1, 2, t, 30 ** -1.1) for t in (1, 2, 3)]
+
+def test_the_largest_epsilon_is_that_of_all_cases():
+    draw = np.random.default_rng(0)
+    for noise in (0.4, 1.0, 30.0):
+        n = draw.integers(1, 3000, 12)
+        cases = [(min(10 / v, 1), int(steps)) for v, steps in zip(n, draw.integers(0, 400, 12))]
+        assert largest(cases, noise, 1e-4) == max(epsilon(q, noise, steps, 1e-4)
+                                                  for q, steps in cases)
+    assert largest([(0.1, 0), (0, 5)], 1.0, 1e-4) == 0
+
+def test_a_delta_that_publishing_someone_meets_is_refused(refused, run):        # noqa: F811
+    for words, said in (
+            ('--dp user --num_users 9', 'for 9 clients'),
+            ('--dp user --num_users 20 --delta 0.06', 'less than 0.05'),
+            ('--dp example --num_users 60', 'for 5 examples'),
+            ('--dp example --num_users 10 --delta 0.04', 'less than 0.0333')):
+        assert said in refused(f'--clip 1 --noise 1 {words}'.split())
+    assert len(run('--dp user --num_users 9 --clip 1 --noise 1 --delta 0.01')) == 3
 
 ######################################## DP-SGD ########################################
 

@@ -21,7 +21,7 @@ import torch
 import fedavg
 import sampling
 from beyond import processes
-from test_fedavg import HERE, data, near, read_log, run, weights    # noqa: F401
+from test_fedavg import HERE, data, near, read_log, refused, run, weights   # noqa: F401
 
 AMONG = '--num_users 10 --frac 0.8 --local_ep 1 --epochs 3 --gpu -1'    # that processes share
 
@@ -35,13 +35,14 @@ def torchrun(words, data, processes=2, flags='--standalone'):       # noqa: F811
 class Ranks:
     """torchrun's equal without its start: the ranks are forked from a process that has imported
     torch. ranks: the processes; said: the files that hold what they print."""
-    def __init__(self, words, data, processes=2):       # noqa: F811
+    def __init__(self, words, data, processes=2, *classes):     # noqa: F811
         words = f'{AMONG} --data_dir {data} {words}'
         server = multiprocessing.get_context('forkserver')
         server.set_forkserver_preload(['fedavg', 'beyond.test_processes'])
         self.said, port = [pathlib.Path(tempfile.mkstemp()[1]) for _ in range(2)], free_port()
         self.ranks = [server.Process(target=one_rank,
-                                     args=(words.split(), rank, processes, port, self.said))
+                                     args=(words.split(), rank, processes, port, self.said,
+                                           *classes))
                       for rank in range(processes)]
         for process in self.ranks:
             process.start()
@@ -59,14 +60,14 @@ class Ranks:
             path.unlink()
         return texts
 
-def one_rank(words, rank, processes, port, said):
-    """fedavg.main(words) as torchrun would start it; what it prints is appended to the two files
-    in said."""
+def one_rank(words, rank, processes, port, said, *classes):
+    """fedavg.main(words, *classes) as torchrun would start it; what it prints is appended to the
+    two files in said."""
     for stream, path in zip((1, 2), said):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     os.environ |= elastic(rank, processes, port)
     torch.set_num_threads(1)
-    fedavg.main(words)
+    fedavg.main(words, *classes)
 
 def elastic(rank, processes, port):
     """The environment in which torchrun starts a process."""
@@ -139,10 +140,9 @@ def test_two_processes_send_what_one_sends_and_know_the_mask_again(data, run, tm
     assert all(v.norm() > 0 for v in one['Feedback'].values())
     assert torch.equal(one['Pruned']['mask'], two['Pruned']['mask'])
 
-def test_a_report_after_the_run_has_ended_knows_the_mask(data, run, tmp_path, capsys):  # noqa
+def test_a_report_after_the_run_has_ended_knows_the_mask(data, tmp_path):       # noqa: F811
     words = f'--prune 0.9 --prune_end 2 --personal finetune --checkpoint {tmp_path}/c.pt'
-    run(f'{words} --frac 0.8')
-    report = capsys.readouterr().out.partition('accuracy on')[2]
+    report = ended(Ranks(words, data)).partition('accuracy on')[2]
     again = ended(Ranks(f'{words} --resume', data))
     assert 'after round 3; --epochs is 3' in again
     assert again.partition('accuracy on')[2] == report != ''
@@ -170,6 +170,33 @@ def test_the_process_that_is_missing_is_named(monkeypatch):
     for store, said in ((Alive(), 'rank 2'), (Dead(), 'rank 0')):
         monkeypatch.setitem(processes.GROUP, 'store', store)
         assert processes.missing(broken) == f'{said} (Connection closed)'
+
+def test_torchruns_report_ends_with_the_error(refused, tmp_path, monkeypatch):   # noqa: F811
+    monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', f'{tmp_path}/error.json')
+    line = refused(['--lr', '-1']).strip()
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=f'{tmp_path}/error.json')
+    report = ChildFailedError('fedavg.py', {0: failure}).format_msg().strip().splitlines()
+    assert line in report[-2] and set(report[-1]) == {'='}
+
+class Sleepy:
+    """The second process takes its time."""
+    def train(self, w, S_t, r):
+        if self.rank:
+            time.sleep(5)
+        return super().train(w, S_t, r)
+
+def test_a_process_that_is_later_than_the_timeout_ends_the_run_in_a_line(data):    # noqa: F811
+    late = Ranks('--timeout 0.05', data, 2, Sleepy)
+    out, err = late.communicate(timeout=60)
+    assert late.returncode == 1 and 'round    1' not in out and 'Traceback' not in err
+    assert 'process 0: another process has gone, or is later than --timeout: ' in err
+    assert 'Rank 1 failed to pass monitoredBarrier in 3000 ms' in err
+
+def test_only_what_processes_do_together_tells_of_another_one(refused):     # noqa: F811
+    with pytest.raises(torch.OutOfMemoryError), processes.together():
+        raise torch.OutOfMemoryError('too large')
+    assert 'only goes with torchrun' in refused(['--timeout', '5'])
 
 def pid_of_rank(rank, mark):
     """The process that torchrun started as `rank`, with `mark` in its command line."""

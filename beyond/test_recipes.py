@@ -96,5 +96,6 @@ def test_the_readmes_commands_run(tmp_path, run, monkeypatch):      # noqa: F811
     for words in commands:
         if not {'--help', '--resume', 'synthetic'} & set(words.split()):
             epochs = 10 if '--prune' in words else 1
-            done = run(f'{words} --num_users 10 --epochs {epochs} --local_ep 1 --lr 0.01')
+            small = '--frac 0.9' if '--dp user' in words and '--secagg' in words else ''
+            done = run(f'{words} --num_users 10 --epochs {epochs} --local_ep 1 --lr 0.01 {small}')
             assert len(done) == epochs, words

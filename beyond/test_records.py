@@ -2,11 +2,13 @@
 
     python -m pytest -q beyond/test_records.py
 """
+import contextlib
 import importlib.util
 import math
 import multiprocessing
 import os
-import pathlib
+import random
+import resource
 import signal
 import time
 
@@ -15,6 +17,7 @@ import torch
 
 import fedavg
 import sampling
+from beyond.files import opened
 from test_fedavg import data, read_log, refused, run, same, shell, weights      # noqa: F401
 
 @pytest.fixture(autouse=True)
@@ -127,27 +130,34 @@ def test_the_state_of_a_server_of_ones_own_is_in_the_checkpoint(run, tmp_path): 
     run(f'--epochs 4 --checkpoint {tmp_path}/plain')
     assert not same(one['w'], weights(tmp_path / 'plain'))
 
+@contextlib.contextmanager
+def small_files():
+    """A disk on which no file can be larger than 20 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
 class BrokenOff:
     """Ctrl-C while w is evaluated."""
     def measure(self, w, r):
         raise KeyboardInterrupt
 
 def test_a_checkpoint_is_never_half_written_nor_of_half_a_round(
-        run, tmp_path, monkeypatch, capsys):        # noqa: F811
+        run, tmp_path, capsys):     # noqa: F811
     words = f'--topk 0.1 --checkpoint {tmp_path}/c.pt'
     run(f'{words} --epochs 2')
     good = torch.load(tmp_path / 'c.pt', weights_only=True)
-    def full(content, path):
-        pathlib.Path(path).write_bytes(b'half')
-        raise OSError('no space')
     def unchanged():
         saved = torch.load(tmp_path / 'c.pt', weights_only=True)
         return same(saved['w'], good['w']) and same(saved['Feedback'], good['Feedback']) and (
             saved['history'] == good['history'])
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
-        patch.setattr(torch, 'save', full)
+    with small_files(), pytest.raises(SystemExit) as e:
         run(f'{words} --epochs 3 --resume')
-    assert e.value.code == 2 and unchanged() and 'no space' in capsys.readouterr().err
+    assert e.value.code == 2 and unchanged() and 'File too large' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['c.pt']       # and no .tmp
     with pytest.raises(SystemExit) as e:
         run(f'{words} --epochs 3 --resume', BrokenOff)
     assert e.value.code == 130 and unchanged()
@@ -204,6 +214,64 @@ def test_what_is_no_checkpoint_or_an_old_one_is_refused_in_a_line(run, refused, 
     (tmp_path / 'junk.pt').write_bytes(b'no checkpoint')
     assert 'not a checkpoint' in refused(['--resume', '--checkpoint', f'{tmp_path}/junk.pt'])
     assert (tmp_path / 'junk.pt').read_bytes() == b'no checkpoint'
+
+def changed(w, name, value):
+    return {'w': w | {name: value(w[name])}}
+
+BROKEN = {
+    'other names': lambda saved: {'w': {f'x{name}': v for name, v in saved['w'].items()}},
+    'has shape (1, 10)': lambda saved: changed(saved['w'], 'fc3.bias', lambda v: v[None]),
+    'not of type torch.float32': lambda saved: changed(saved['w'], 'fc3.bias', torch.Tensor.double),
+    'fc3.bias is not': lambda saved: changed(saved['w'], 'fc3.bias', torch.Tensor.tolist),
+    'NaN': lambda saved: changed(saved['w'], 'fc3.bias', lambda v: v * math.nan),
+    'its history is not one': lambda saved: {'history': saved['history'][1:]},
+    'AttributeError': lambda saved: {'Feedback': [1, 2]},
+    'another length': lambda saved: {'Feedback': {3: torch.zeros(7)}}}
+
+@pytest.mark.parametrize('said', BROKEN)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_a_line(run, refused, tmp_path, said):  # noqa
+    words = ('--topk 0.1 --num_users 10 --frac 0.3 --epochs 2 --processes 1 --checkpoint '
+             f'{tmp_path}/c.pt')
+    run(words)
+    saved = torch.load(tmp_path / 'c.pt', weights_only=True)
+    torch.save(saved | BROKEN[said](saved), tmp_path / 'c.pt')
+    line = refused([*words.split(), '--resume'])
+    assert said in line and '--lr' not in line
+    if 'w' in BROKEN[said](saved):
+        assert 'its weights are not those of 2nn' in refused(['--teacher', f'{tmp_path}/c.pt'])
+
+def test_flipped_bits_in_a_checkpoint_are_found(run, tmp_path, capsys):     # noqa: F811
+    run(f'--epochs 1 --checkpoint {tmp_path}/c.pt')
+    good, content = weights(tmp_path / 'c.pt'), (tmp_path / 'c.pt').read_bytes()
+    draw, found = random.Random(0), 0
+    for _ in range(40):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        (tmp_path / 'd.pt').write_bytes(damaged)
+        try:
+            assert same(opened('checkpoint', f'{tmp_path}/d.pt')['w'], good)
+        except SystemExit:
+            found += 1
+    assert found > 35 and capsys.readouterr().err.count('\n') == found
+
+def test_a_folder_that_alone_is_missing_is_made(run, refused, tmp_path):        # noqa: F811
+    words = f'--csv {tmp_path}/a/l.csv --checkpoint {tmp_path}/b/c.pt'
+    refused(f'{words} --lr -1'.split())
+    assert not list(tmp_path.iterdir())         # nothing is made for a run that does not start
+    run(f'{words} --epochs 1')
+    assert (tmp_path / 'a/l.csv').exists() and (tmp_path / 'b/c.pt').exists()
+    assert '--csv' in refused(f'--csv {tmp_path}/no/such/l.csv'.split())
+
+def test_a_run_of_more_than_ten_minutes_says_so_after_its_first_round(run, capsys):    # noqa: F811
+    class Slow:
+        """A round takes a minute."""
+        def measure(self, w, r):
+            return super().measure(w, r) | {'seconds': 60.0}
+        def done(self, r):
+            return r.t > 2
+    run('--epochs 13', Slow)
+    out = capsys.readouterr().out
+    assert out.count('the 12 rounds to come will take about 12 minutes') == 1
 
 def rounds(log):
     """The rows of a log that may not be there yet."""

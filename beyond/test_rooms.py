@@ -4,6 +4,7 @@ are refused in one line.
     python -m pytest -q beyond/test_rooms.py
 """
 import ast
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -38,7 +39,7 @@ SETTINGS = {
     'topk': ('wire', '--topk 0.3'),
     'no feedback': ('wire', '--topk 0.3 --error_feedback 0'),
     'prune': ('prune', '--prune 0.5 --prune_end 2'),
-    'dp user': ('privacy', '--dp user --clip 1 --noise 0.1'),
+    'dp user': ('privacy', '--dp user --clip 1 --noise 0.1 --delta 0.01'),
     'epsilon': ('privacy', '--dp user --clip 1 --epsilon 8'),
     'dp example': ('privacy', '--dp example --clip 1 --noise 0.1'),
     'secagg': ('secure', '--secagg 1'),
@@ -64,32 +65,33 @@ RUNS = (
     'teacher, finetune, augment, balance',
     'mu, adamw, stacked, quantize, no feedback, prune, dp user, drop, corrupt, deadline, '
     'separable, mix, augment, balance',
-    'mu, adamw, stacked, quantize, epsilon, secagg, drop, deadline, separable, layers, augment, '
-    'balance',
+    'mu, adamw, stacked, quantize, epsilon, secagg, separable, layers, augment, balance',
     'mu, adamw, compile, quantize, no feedback, prune, drop, corrupt, deadline, overselect, '
     'widths, teacher, augment, balance',
     'mu, adamw, loop, quantize, no feedback, dp example, drop, corrupt, deadline, overselect, '
     'separable, layers, augment',
-    'stacked, no feedback, prune, epsilon, corrupt, finetune',
-    'loop, prune, dp example, secagg, mix',
+    'stacked, no feedback, prune, epsilon, drop, corrupt, deadline, finetune',
+    'loop, prune, dp example, secagg, drop, deadline, mix',
     'stacked, topk, overselect, widths, teacher',
     'loop, topk, epsilon, mix',
     'loop, dp user, secagg, finetune',
-    'stacked, topk, dp user, layers',
+    'compile, topk, dp user, layers',
     'no feedback, overselect, cut, teacher, mix',
     'stacked, secagg, teacher, layers',
     'loop, topk, dp example, widths',
     'dp example, finetune')
 SILOS = (
-    'silo, mu, adamw, compile, quantize, prune, dp user, secagg, drop, deadline, separable, '
-    'finetune, augment, balance',
+    'silo, mu, adamw, compile, quantize, prune, secagg, drop, deadline, separable, finetune, '
+    'augment, balance',
+    'silo, stacked, dp user, mix',
     'silo, loop, no feedback, corrupt',
     'silo, stacked, topk, widths, teacher')
 
 def words(names, folder):
     """The command line of a run with these settings, but for --data_dir."""
     flags = ' '.join(SETTINGS[name][1] for name in names)
-    return ('--num_users 10 --frac 0.7 --gpu -1 --seed 2 '
+    alone = '' if 'silo' in names else '--processes 1 '
+    return ('--num_users 10 --frac 0.7 --gpu -1 --seed 2 ' + alone
             + flags.replace('TEACHER', f'{folder}/teacher.pt')).split()
 
 def pairs(names):
@@ -140,12 +142,19 @@ class Copied:
             shutil.copy(self.file, self.file.replace('whole', 'part'))
         return super().done(r)
 
+def uncompiled():
+    """A compiled stack without torch.compile, which takes long; test_engines.py has it."""
+    torch.compile = lambda step, mode: step
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(torch, 'compile', torch.compile)        # set back when the test is done
+    uncompiled()
+
 def two_rounds(argv, root):
     """Two rounds in one go, into root/whole, and the second one again, into root/part."""
     argv = argv + ['--epochs', '2', '--checkpoint']
-    torch._dynamo.reset()       # as in a process of its own
     fedavg.main(argv + [f'{root}/whole'], Copied)
-    torch._dynamo.reset()
     fedavg.main(argv + [f'{root}/part', '--resume'])
 
 def equal(a, b):
@@ -195,6 +204,7 @@ def test_a_run_of_many_rooms_resumes_bit_for_bit(run, data, folder, tmp_path):  
 def one_silo(argv, rank, ports, root):
     """two_rounds in one of several processes, as torchrun would start it three times."""
     torch.set_num_threads(1)
+    uncompiled()
     main = fedavg.main
     def started(*more):
         os.environ.update(elastic(rank, 3, ports.pop(0)))
@@ -220,8 +230,11 @@ def test_silos_with_many_rooms_resume_bit_for_bit(run, folder, tmp_path):
 
 def test_no_room_imports_fedavg_and_few_import_one_another():
     allowed = {'models', 'sampling', 'compress', 'options', 'beyond', 'beyond.flat'}
-    others = {'silos': {'beyond.processes'}, 'distill': {'beyond.augment', 'beyond.records'},
-              'secure': {'beyond.crypto'}}
+    others = {'silos': {'beyond.processes'}, 'forked': {'beyond.processes'},
+              'distill': {'beyond.augment', 'beyond.files'},
+              'secure': {'beyond.crypto', 'beyond.protocol'}, 'protocol': {'beyond.crypto'},
+              'privacy': {'beyond.accountant'}, 'records': {'beyond.files'},
+              'engines': {'beyond.stacks'}}
     for path in HERE.glob('*.py'):
         if path.name.startswith('test_') or path.stem == '__init__':
             continue
@@ -233,9 +246,24 @@ def test_no_room_imports_fedavg_and_few_import_one_another():
                  or name.split('.')[0] == 'beyond'}
         assert local <= allowed | others.get(path.stem, set()), path.name
 
+def attributes():
+    """{name: the rooms' server classes that assign self.name, and which Server does not have}."""
+    known = {'args', 'net', 'K', 'w', 'history', 'train_set', 'test_set', 'parts', 'n_k', 'rank',
+             'size'}
+    found = {}
+    for path in HERE.glob('*.py'):
+        for cls in ast.parse(path.read_text()).body:
+            room = isinstance(cls, ast.ClassDef) and hasattr(
+                getattr(importlib.import_module(f'beyond.{path.stem}'), cls.name), 'crosses')
+            for node in ast.walk(cls) if room and not path.name.startswith('test_') else ():
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and (
+                        getattr(node.value, 'id', '') == 'self' and node.attr not in known):
+                    found.setdefault(node.attr, set()).add(cls.name)
+    return found
+
 def test_rooms_share_the_names_of_steps_and_questions_alone():
     """A method of two rooms is one that Server or Room has, unless one room refines the other's."""
-    refined = {'pack', 'change', 'cost_of', 'serve', 'dismiss', 'ask', 'test_share',
+    refined = {'pack', 'change', 'cost_of', 'who', 'serve', 'dismiss', 'ask', 'test_share',
                'failed'}
     owners = {}
     for room in beyond.rooms():
@@ -247,6 +275,7 @@ def test_rooms_share_the_names_of_steps_and_questions_alone():
               if len(classes) > 1 and not name.startswith('__')}
     known = set(dir(fedavg.Server)) | set(dir(beyond.Room))
     assert shared - known == refined
+    assert not {name for name, classes in attributes().items() if len(classes) > 1}
     assert not {name for name in vars(beyond.Room) if not name.startswith('__')
                 and hasattr(fedavg.Server, name)}
 

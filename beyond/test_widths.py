@@ -37,14 +37,15 @@ class Averager:
     """A server with a net of two hidden units, and clients whose updates are given."""
     all_sum = staticmethod(lambda tensors: None)
 
-    def __init__(self):
-        self.args = SimpleNamespace(widths=(1.0, 0.5))
+    def __init__(self, args):
+        self.args = args
         self.net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
         values = ([[1.0], [2.0]], [3.0, 4.0], [[5.0, 6.0]], [7.0])
         self.w = dict(zip(self.net.state_dict(), map(torch.tensor, values)))
 
 def test_each_weight_is_averaged_over_those_who_hold_it():
-    server = type('Server', (Widths, beyond.Room, Averager), {})()
+    server = type('Server', (Widths, beyond.Room, Averager), {})(
+        SimpleNamespace(widths=(1.0, 0.5)))
     def update(k, n, value):
         return fedavg.Update(k, {name: torch.full_like(v, value) for name, v in server.w.items()},
                              n, 0.0)
@@ -100,11 +101,22 @@ def test_widths_go_with_a_smaller_wire(run):        # noqa: F811
     history = run('--widths 1,0.5,0.25 --frac 1 --quantize 8 --topk 0.5 --prune 0.5')
     assert history[-1]['clients'] == 10 and history[-1]['up_bytes'] < fp32[-1]['up_bytes'] / 8
 
+def test_a_net_of_other_layers_cannot_be_narrow(run, monkeypatch, capsys):      # noqa: F811
+    class Normed(models.TwoNN):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.norm = nn.LayerNorm(200)
+    monkeypatch.setattr(models, 'TwoNN', Normed)
+    with pytest.raises(SystemExit):
+        run('--widths 1,0.5')
+    assert '2nn has a LayerNorm, which cannot be narrowed' in capsys.readouterr().err
+
 def test_what_cannot_be_narrow_is_refused(refused, monkeypatch):        # noqa: F811
     monkeypatch.setattr(sampling, 'load', lambda *_: pytest.fail('data were read'))
     for words, said in (
             ('--widths 1,0', '--widths'), ('--widths 1,2', 'at most 1'),
-            ('--widths 0.5', 'put a 1'), ('--widths half', 'as 1,0.5'), ('--widths 1,0.5 --secagg 1', '--secagg'),
+            ('--widths 0.5', 'put a 1'), ('--widths half', 'as 1,0.5'),
+            ('--widths 1,0.5 --secagg 1', '--secagg'),
             ('--widths 1,0.5 --dp user --clip 1 --noise 1', '--dp user'),
             ('--widths 1,0.5 --cut 1', '--cut'), ('--separable 1', '--model cnn')):
         assert said in refused(words.split())

@@ -40,6 +40,15 @@ def check(args):
 
 class Widths(Room):
     """Client k trains the net that is args.widths[k mod n] as wide."""
+    def __init__(self, args):
+        super().__init__(args)
+        for layer in self.net.modules():
+            own = list(layer.parameters(recurse=False))
+            if own and (not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.bias is None):
+                fail(f'--widths {shown(args.widths)}: {args.model} has a {type(layer).__name__}, '
+                     'which cannot be narrowed; its layers have to be linear or convolutions, with '
+                     'a bias', everyone=True)
+
     @functools.lru_cache(None)
     def nets(self):
         return [narrowed(self.net, width) for width in self.args.widths]

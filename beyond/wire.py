@@ -175,3 +175,5 @@ class Feedback(Room):
     def load(self, state):
         super().load(state)
         self.residuals = state.get('Feedback', {})
+        if any(len(v) != len(flat(self.net.state_dict())) for v in self.residuals.values()):
+            raise ValueError('residuals of another length')

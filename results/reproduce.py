@@ -93,7 +93,8 @@ def run(words, lr, seed, rounds, data_dir):
     checkpoint = HERE / (words.replace('--', '').replace(' ', '_') + '.pt')
     began = time.time()
     argv = f'{words} --epochs {rounds} --save_every 10 --data_dir {data_dir}'.split()
-    argv += ['--checkpoint', str(checkpoint)] + ['--resume'] * checkpoint.exists()
+    argv += ['--processes', '1', '--checkpoint', str(checkpoint)]
+    argv += ['--resume'] * checkpoint.exists()
     try:
         history = fedavg.main(argv)
     except SystemExit as e:

@@ -21,7 +21,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PEER_NET = {'2nn': 'mlp', 'cnn': 'cnn', 'paper_cnn': 'paper'}
-BEST = {'2nn': '--compile 1', 'cnn': '--compile 1', 'paper_cnn': ''}
+OURS = {'default': '', 'compiled': '--compile 1', 'one process': '--processes 1'}     # its flags
 
 def inner(words):
     """Runs fedavg.main(words) with clocks around local training and evaluation; prints the medians
@@ -71,9 +71,7 @@ def commands(args, model):
     me = str(pathlib.Path(__file__).resolve())
     words = (f'--inner --data_dir {args.data_dir} --model {model} --local_ep 5 --lr 0.01 --gpu -1 '
              f'--epochs {args.rounds + 1}').split()
-    torchrun = '-m torch.distributed.run --standalone --nproc_per_node=2 --'.split()
-    runs = {'default': [sys.executable, me, *words],
-            'torchrun': [sys.executable, *torchrun, me, *words, *BEST[model].split()]}
+    runs = {name: [sys.executable, me, *words, *more.split()] for name, more in OURS.items()}
     pythons = dict(pair.split('=') for pair in args.peer_python)
     for peer in args.peer:
         script = f'{args.peers}/{peer}{"" if peer in ("eager", "loader") else "_peer"}.py'
@@ -91,7 +89,7 @@ def compare(args, model, env):
             took[name].append(s)
             print(f'{model:10s} {name:10s} {line}', flush=True)
     for peer in args.peer:
-        for name in ('default', 'torchrun'):
+        for name in OURS:
             ratios = [a / b for a, b in zip(took[peer], took[name])]
             print(f'{model:10s} {name:10s} {statistics.median(ratios):.2f} times as fast as {peer} '
                   f'(from {min(ratios):.2f} to {max(ratios):.2f})', flush=True)

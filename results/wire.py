@@ -36,7 +36,7 @@ def measure(words, data_dir, iid, seed):
              f'--epochs {ROUNDS[iid]} --seed {seed} {words}')
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE.parent / 'fedavg.py'), '--data_dir', data_dir,
-                   '--gpu', '-1', '--csv', f'{folder}/log', *flags.split()]
+                   '--processes', '1', '--gpu', '-1', '--csv', f'{folder}/log', *flags.split()]
         out = subprocess.run(command, capture_output=True, text=True)
         log = read(f'{folder}/log', 1)
     reached = re.findall(r'^rounds to .*: ([\d.]+|not reached)', out.stdout, re.M)

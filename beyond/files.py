@@ -1,0 +1,83 @@
+"""Files: the log and the checkpoint, written whole and checked when they are read.
+
+    saved = opened('checkpoint', 'run.pt')      # or one line, and exit code 2
+"""
+import contextlib
+import csv
+import itertools
+import os
+import zipfile
+
+import torch
+
+from beyond import rooms
+from options import args_parser, fail
+
+COLUMNS = ('round', 'train_loss', 'test_loss', 'test_acc', 'clients', 'rejected', 'lost', 'late',
+           'up_bytes', 'down_bytes', 'round_time', 'epsilon', 'seconds')
+
+def rows(f):
+    """A writer of rows, each a dict by COLUMNS, to the open file f."""
+    return csv.DictWriter(f, COLUMNS, lineterminator='\n', extrasaction='ignore')
+
+def set_aside(path):
+    """Renames what an earlier run wrote at path to path.old (.old1, ...)."""
+    if path and os.path.exists(path) and os.path.getsize(path):
+        candidates = (f'{path}.old{i or ""}' for i in itertools.count())
+        old = next(name for name in candidates if not os.path.exists(name))
+        os.replace(path, old)
+        print(f'{path} existed already: it is {old} now')
+
+@contextlib.contextmanager
+def written(flag, path):
+    """Exits with one line if the block cannot write the file at path, which --flag names."""
+    try:
+        yield
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        fail(f'--{flag} {path}: could not be written ({e.strerror}); what was there before is as '
+             'it was', everyone=True)
+
+def replace(flag, path, content):
+    """Replaces the file at path by these bytes, never by half of them: they are written beside
+    it, and renamed."""
+    with written(flag, path):
+        with open(path + '.tmp', 'wb') as f:
+            f.write(content)
+        os.replace(path + '.tmp', path)
+
+def opened(flag, path):
+    """The content of the checkpoint at path, which --flag names, {'options', 'w', 'history' and a
+    name for each class with a state}. Exits with one line if it is none."""
+    try:
+        damaged = zipfile.ZipFile(path).testzip()       # torch.load does not check their CRCs
+        if damaged:
+            raise ValueError(f'{damaged} in it is damaged')
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        if 'kept' not in saved and not (saved['w'] and 'csv' in saved['options']):
+            raise ValueError('half empty')
+        saved['options'] = vars(args_parser([], rooms())) | saved['options']
+        for t, row in enumerate(saved.get('history', ()), 1):
+            if not set(COLUMNS) <= set(row) or row['round'] != t or not 0 <= row['test_acc'] <= 1:
+                raise ValueError('its history is not one')
+    except Exception as e:      # what torch.load raises for foreign bytes is not documented
+        leave = '--resume' if flag == 'checkpoint' else f'--{flag}'
+        reason = f': {e}' if type(e) is ValueError else ''
+        fail(f'--{flag} {path}: not a checkpoint of this program, or of another version of it '
+             f'({type(e).__name__}{reason}); name one, or leave {leave} out', everyone=True)
+    return saved
+
+def misfit(w, net):
+    """Why w cannot be the state_dict of net, as text; None if it can."""
+    like = net.state_dict()
+    if not isinstance(w, dict) or w.keys() != like.keys():
+        return 'its weights have other names'
+    for name, v in like.items():
+        if not isinstance(w[name], torch.Tensor) or w[name].dtype != v.dtype:
+            return f'{name} is not of type {v.dtype}'
+        if w[name].shape != v.shape:
+            return f'{name} has shape {tuple(w[name].shape)}, not {tuple(v.shape)}'
+        if not w[name].isfinite().all():
+            return f'{name} holds NaN or infinity'
+    return None

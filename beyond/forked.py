@@ -1,0 +1,153 @@
+"""Forked: the processes of one machine, forked when all is prepared.
+
+    python fedavg.py --processes 2
+
+Algorithm 1 runs in all of them, with one thread each; data and compiled code are shared, not
+copied. This process is the first one, so that main() returns the rows as ever. If a process dies,
+all end.
+"""
+import _thread
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from beyond.processes import GROUP, Processes, connect
+from options import fail
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1
+
+class Forked(Processes):
+    """This process and its children."""
+    died = None         # what has happened to a child, as text
+
+    def __init__(self, args):
+        super().__init__(args)
+        cuda = args.device.type == 'cuda'
+        if cuda and (args.processes or 1) > 1:
+            fail(f'--processes {args.processes}: on GPUs, start one for each by torchrun '
+                 f'--nproc_per_node={args.processes}', everyone=True)
+        self.size = args.processes or (1 if cuda else min(cores(), self.most()))
+        self.threads, self.children = torch.get_num_threads(), []
+
+    def load(self, state):
+        super().load(state)
+        if state and not self.args.processes:       # the same number gives the same bits
+            self.size = state['processes']
+
+    def prepare(self):
+        if self.size > 1:
+            torch.set_num_threads(1)        # a child cannot have more, nor code compiled for it
+        super().prepare()
+
+    def idle(self):
+        return super().idle() | ({'Forked', 'Processes'} if self.size == 1 else set())
+
+    def launch(self, algorithm):
+        if self.size == 1:
+            return super().launch(algorithm)
+        context = multiprocessing.get_context('fork')
+        before = signal.getsignal(signal.SIGINT)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter('ignore', DeprecationWarning)     # of fork beside threads
+            store = os.path.join(folder, 'store')
+            self.children = [context.Process(target=self.child, args=(algorithm, rank, store),
+                                             daemon=True) for rank in range(1, self.size)]
+            try:
+                for child in self.children:
+                    child.start()
+                self.watch()
+                self.connect(store)
+                return super().launch(algorithm)
+            finally:
+                self.end_children()
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGINT, before)
+
+    def connect(self, store):
+        """Joins the others, which find each other by a file."""
+        connect('gloo', dist.FileStore(store, self.size), self.rank, self.size)
+        GROUP['broken'] = self.broken
+
+    def end_children(self):
+        """Ends the children, if they have not ended, and sets back what was changed for them."""
+        for child in self.children:
+            child.kill()
+            child.join()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        GROUP.clear()
+        torch.set_num_threads(self.threads)
+
+    #################################### A child ####################################
+
+    def child(self, algorithm, rank, store):
+        """What a child does: it runs the algorithm as process `rank`, and ends with its parent."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+        sys.stdout = open(os.devnull, 'w')
+        torch.set_num_threads(1)
+        self.rank, self.children = rank, []
+        self.connect(store)
+        try:
+            super().launch(algorithm)
+        except SystemExit:          # with the parent's exit code
+            pass
+        os._exit(0)
+
+    ################################ When one has gone ################################
+
+    def watch(self):
+        """Raises Stop in the main thread if a child dies."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.interrupted)
+        threading.Thread(target=self.wait_for_death, daemon=True).start()
+
+    def wait_for_death(self):
+        """Waits until a child dies before its time; ends the others then, and interrupts this
+        process."""
+        waiting = {child.sentinel: child for child in self.children}
+        while waiting:
+            for sentinel in multiprocessing.connection.wait(list(waiting)):
+                child = waiting.pop(sentinel)
+                child.join()
+                if child.exitcode and GROUP:
+                    rank = 1 + self.children.index(child)
+                    if child.exitcode != -signal.SIGINT:        # Ctrl-C is for all of them
+                        self.died = f'process {rank} has ended with exit code {child.exitcode}'
+                    _thread.interrupt_main()
+                    return
+
+    def interrupted(self, *_):
+        """Ctrl-C, or the death of a child."""
+        if self.died:
+            raise self.Stop(f'{self.died}; so all end, and the last whole round is kept', 1)
+        raise KeyboardInterrupt
+
+    def broken(self):
+        """What processes did together has failed. In a child, that is not worth a line."""
+        if self.rank:
+            os._exit(1)
+        time.sleep(1)       # wait_for_death, or Ctrl-C, says more
+        raise self.Stop('another process has gone', 1)
+
+    def finish(self, code):
+        if code == 130 or self.died or code and not all(c.is_alive() for c in self.children):
+            GROUP.clear()       # there is nobody to talk to
+        return super().finish(code)
+
+def end_with(parent):
+    """Ends this process when its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    os._exit(1)
