@@ -17,6 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from options import fail
 
+def without_dynamo():
+    """Keeps optimizers from importing torch._dynamo, which takes seconds, for the sole purpose of
+    being left out of what it compiles: torch._disable_dynamo takes the function set here."""
+    for name in ('add_param_group', 'zero_grad'):
+        function = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        function.__dict__.setdefault('__dynamo_disable', function)
+
 class Stack:
     """Copies of a net's weights, (m, ...), m at most `size`, and one optimizer for all.
 
@@ -29,6 +36,7 @@ class Stack:
 
     def begin(self, net, states, lr):
         """Copies of the weights in states, a state_dict for each client; a fresh optimizer."""
+        without_dynamo()
         self.client.model(net)
         self.w = [stacked([w[name] for w in states]).requires_grad_() for name in self.names]
         self.start = [v.detach().clone() for v in self.w]

@@ -7,8 +7,8 @@ quantized (Konecny et al. 2016, arXiv 1610.05492, Section 3), or its largest val
 error feedback (Aji and Heafield 2017, arXiv 1704.05021; Stich et al. 2018, arXiv 1809.07599).
 compress.py has the bytes. A payload that cannot be read is left out of the average and counted.
 
-Fields of a round: index, {kind(k): where flat(w) crosses}; kept, {k: {name: tensor}} of the
-accepted updates.
+Fields of a round: index, {kind(k): where flat(w) crosses}; v, flat(w) of the w that was sent; kept,
+{k: {name: tensor}} of the accepted updates.
 """
 import numpy as np
 import torch
@@ -60,19 +60,19 @@ class Wire(Room):
         return w
 
     def receive(self, updates, w, r):
-        r.kept = {}
+        r.kept, r.v = {}, flat(w)
         messages = self.collect((self.pack(u, w, r) for u in updates), r)
         return super().receive(self.unpacked(messages, w, r), w, r)
 
-    def base(self, w):
-        """What a client subtracts before it encodes: w where that makes the payload smaller."""
-        v = flat(w)
-        return v if self.args.quantize or self.args.topk else torch.zeros_like(v)
+    def differs(self):
+        """Whether clients encode w_k - w, which is where that makes the payload smaller."""
+        return self.args.quantize or self.args.topk
 
     def pack(self, u, w, r):
         """The client's side: u with a payload for w_k."""
         at = self.at(u.k, r)
-        x = self.change(flat(u.w)[at] - self.base(w)[at], u.k, r)
+        x = flat(u.w)[at]
+        x = self.change(x - r.v[at] if self.differs() else x, u.k, r)
         payload = self.encode(x, u.k, r)
         kept = self.keep(u, x, payload, r)
         return u._replace(w=self.transmit(payload, x, u.k, r), kept=kept)
@@ -89,10 +89,11 @@ class Wire(Room):
     def unpacked(self, messages, w, r):
         """The server's side: the updates whose payloads can be read."""
         for u in messages:
-            v, at = flat(w), self.at(u.k, r)
+            v, at = r.v.clone(), self.at(u.k, r)
             r.tally.update(sent=1, up_bytes=len(u.w))
             try:
-                v[at] = self.base(w)[at] + decode(u.w, len(v[at]))
+                x = decode(u.w, len(v[at]))
+                v[at] = v[at] + x if self.differs() else x
             except ValueError as e:
                 r.tally['rejected'] += 1
                 print(f'client {u.k} is left out: {e}')

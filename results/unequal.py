@@ -35,9 +35,8 @@ def measure(words, data_dir, teacher, seed):
     globals: of the global one, with the 10th and 90th percentile beside the mean."""
     flags = f'{SAME} --seed {seed} {words}'.replace('TEACHER', teacher).split()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE.parent / 'fedavg.py'), '--processes', '1', '--data_dir',
-                   data_dir,
-                   '--csv', f'{folder}/log', *flags]
+        command = [sys.executable, str(HERE.parent / 'fedavg.py'), '--data_dir', data_dir,
+                   '--processes', '1', '--csv', f'{folder}/log', *flags]
         out = subprocess.run(command, capture_output=True, text=True)
         if out.returncode:
             sys.exit(f'{flags} failed:\n{out.stdout[-500:]}{out.stderr[-2000:]}')
