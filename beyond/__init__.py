@@ -159,6 +159,7 @@ def chosen(args):
         (prune.PrunedClient, args.prune),
         (local.Proximal, args.mu),
         (local.AdamW, args.optimizer == 'adamw'),
+        (local.Bf16, args.bf16),
         (distill.DistilledClient, args.teacher),
         (augment.AugmentedClient, args.augment))
     (outermost, *servers), clients = ([cls for cls, asked in table if asked]

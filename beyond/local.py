@@ -1,19 +1,24 @@
-"""Other ways to train locally: a proximal term, and AdamW.
+"""Other ways to train locally: a proximal term, AdamW, mixed precision.
 
     python fedavg.py --iid 0 --mu 0.1
 
 In ClientUpdate, FedProx (Li et al. 2020, arXiv 1812.06127) adds mu / 2 |w - w_t|^2 to the loss,
-which keeps w near the weights that the round began with; --optimizer adamw replaces SGD.
+which keeps w near the weights that the round began with; --optimizer adamw replaces SGD; --bf16 1
+computes the net's matrix products and convolutions in bfloat16, weights and average in fp32.
 """
 import torch
 
 from options import fail, number
 
 def flags(add):
-    """--optimizer, --mu."""
+    """--optimizer, --mu, --bf16."""
     add('optimizer', 'sgd', str, 'local optimizer; the paper has SGD', choices=('sgd', 'adamw'))
     add('mu', 0.0, number(float, 0, 1e9),
         "FedProx: mu / 2 |w - w_t|^2 is added to each client's loss")
+    add('bf16', 0, bool, '1: clients train in bfloat16 by autocast, which is faster on GPUs and, '
+        'for paper_cnn, on CPUs that have instructions for it; on others slower')
+
+CLASHES = (('bf16', 'cut', 'whose halves exchange fp32'),)
 
 def check(args):
     """AdamW has a momentum of its own."""
@@ -37,3 +42,16 @@ class AdamW:
 
     def optimizer(self, parameters, lr):
         return torch.optim.AdamW(parameters, lr=lr)
+
+class Bf16:
+    """Mixed precision (torch.autocast): the net computes in bfloat16 where that is safe."""
+    stacks = True
+
+    def model(self, net):
+        net = super().model(net)
+        device = next(net.parameters()).device.type
+        net.forward = torch.autocast(device, torch.bfloat16)(net.forward)
+        return net
+
+    def loss(self, logits, y, reduction='mean'):
+        return super().loss(logits.float(), y, reduction)

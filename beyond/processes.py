@@ -21,24 +21,20 @@ import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
 from beyond import Room
-from options import fail, number, requires
+from options import number, requires
 
 def flags(add):
     """--processes, --timeout."""
     add('processes', None, number(int, 1), 'processes in which clients train; if not given, one '
-        'for each core that may be used, m at most, and 1 on a GPU')
+        'for each core that may be used, m at most, and 1 on a GPU; under torchrun, its number')
     add('timeout', None, number(float, 0, 1e6, above=True), 'under torchrun: minutes that a '
         'process waits for the others; a day if not given')
 
 FREE = {'processes', 'timeout'}
 
 def check(args):
-    """torchrun says how many processes there are, and only its own wait for one another."""
-    torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
-    requires(args, 'torchrun', ['timeout'], torchrun)
-    if args.processes and torchrun:
-        fail(f'--processes {args.processes}: torchrun has started {os.environ["WORLD_SIZE"]} '
-             'already; leave the flag out')
+    """Only processes that torchrun has started may have to wait long for one another."""
+    requires(args, 'torchrun', ['timeout'], 'TORCHELASTIC_RUN_ID' in os.environ)
 
 GROUP = {}      # gloo's processes and their store, which know who is missing; none if alone
 

@@ -6,7 +6,6 @@
 
 Of LocalUpdate.train's steps, a stack calls the hooks of one client object, which see no k.
 """
-import copy
 import inspect
 import logging
 import time
@@ -31,7 +30,7 @@ class Stack:
     that is done is copied out and leaves the stack, with its optimizer state.
     """
     def __init__(self, net, client, size, B):
-        self.net, self.client, self.size, self.B = copy.deepcopy(net).train(), client, size, B
+        self.net, self.client, self.size, self.B = client.model(net), client, size, B
         self.names = [name for name, _ in net.named_parameters()]
 
     def begin(self, net, states, lr):

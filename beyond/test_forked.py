@@ -14,7 +14,7 @@ import torch
 
 import fedavg
 from beyond import forked
-from test_fedavg import data, near, read_log, refused, run, same, weights      # noqa: F401
+from test_fedavg import data, near, read_log, run, same, weights      # noqa: F401
 
 def test_one_two_and_three_processes_agree_and_each_number_repeats_its_bits(
         run, tmp_path, capsys):     # noqa: F811
@@ -46,11 +46,6 @@ def test_the_number_is_that_of_the_cores_the_clients_or_the_checkpoint(
     assert number(f'{checkpoint} --epochs 2 --resume') == 3
     assert number(f'{checkpoint} --epochs 3 --resume --processes 1') == 1
     assert torch.get_num_threads() == 1     # as the tests have set it
-
-def test_processes_are_torchruns_or_ones_own(refused, monkeypatch):     # noqa: F811
-    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
-    monkeypatch.setenv('WORLD_SIZE', '4')
-    assert 'torchrun has started 4' in refused(['--processes', '2'])
 
 WORDS = ('--num_users 10 --frac 1 --local_ep 4 --local_bs 1 --epochs 200 --engine loop --gpu -1 '
          '--processes 3')

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 import fedavg
 import models
-from beyond.local import AdamW, Proximal
-from test_fedavg import client_args, data, final, run, same, toy, watched     # noqa: F401
+from beyond.local import AdamW, Bf16, Proximal
+from test_fedavg import (client_args, data, final, image_toy, run, same, toy,      # noqa: F401
+                         watched)
 
 def client(room, **more):
     """A client of toy()'s examples with one room's hooks, and its net."""
@@ -66,3 +67,23 @@ def test_frozen_parameters_stay(run, words, engine, monkeypatch):       # noqa: 
     run(f'{words} --engine {engine} --epochs 2', Watched)
     stay = [name for name in seen[0] if torch.equal(seen[0][name], seen[1][name])]
     assert stay == ['fc1.weight', 'fc1.bias']
+
+def test_bf16_computes_in_bfloat16_and_keeps_weights_in_fp32():
+    dataset, net = image_toy('paper_cnn', 20)
+    Client = type('Client', (Bf16, fedavg.LocalUpdate), {})
+    client, seen = Client(client_args(), dataset, range(20)), []
+    net.conv2.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    torch.manual_seed(0)
+    w, loss = client.train(net)
+    torch.manual_seed(0)
+    plain, loss_fp32 = fedavg.LocalUpdate(client_args(), dataset, range(20)).train(net)
+    assert set(seen[:2]) == {torch.bfloat16} and set(seen[2:]) == {torch.float32}
+    assert all(v.dtype == torch.float32 for v in w.values())
+    assert loss == pytest.approx(loss_fp32, rel=0.05) and not same(w, plain)
+
+def test_bf16_is_the_same_training_in_both_engines_but_for_rounding(run):      # noqa: F811
+    loop, stacked, fp32 = (final(run, words) for words in (
+        '--bf16 1 --engine loop', '--bf16 1 --engine stacked', ''))
+    flat = [torch.cat([v.flatten() for v in w.values()]) for w in (loop, stacked, fp32)]
+    assert (flat[0] - flat[1]).norm() < 0.02 * flat[0].norm()
+    assert 0 < (flat[1] - flat[2]).norm() < 0.05 * flat[2].norm()

@@ -32,6 +32,7 @@ FILES = ('fedavg.py', 'models.py', 'sampling.py', 'compress.py', 'options.py', '
 SETTINGS = {
     'mu': ('local', '--mu 0.1'),
     'adamw': ('local', '--optimizer adamw --lr 0.001'),
+    'bf16': ('local', '--bf16 1'),
     'loop': ('engines', '--engine loop'),
     'stacked': ('engines', '--engine stacked'),
     'compile': ('engines', '--compile 1'),
@@ -63,25 +64,25 @@ SETTINGS = {
 RUNS = (
     'mu, adamw, loop, quantize, topk, prune, drop, corrupt, deadline, overselect, separable, cut, '
     'teacher, finetune, augment, balance',
-    'mu, adamw, stacked, quantize, no feedback, prune, dp user, drop, corrupt, deadline, '
+    'mu, adamw, bf16, stacked, quantize, no feedback, prune, dp user, drop, corrupt, deadline, '
     'separable, mix, augment, balance',
-    'mu, adamw, stacked, quantize, epsilon, secagg, separable, layers, augment, balance',
-    'mu, adamw, compile, quantize, no feedback, prune, drop, corrupt, deadline, overselect, '
+    'mu, adamw, bf16, stacked, quantize, epsilon, secagg, separable, layers, augment, balance',
+    'mu, adamw, bf16, compile, quantize, no feedback, prune, drop, corrupt, deadline, overselect, '
     'widths, teacher, augment, balance',
-    'mu, adamw, loop, quantize, no feedback, dp example, drop, corrupt, deadline, overselect, '
-    'separable, layers, augment',
+    'mu, adamw, bf16, loop, quantize, no feedback, dp example, drop, corrupt, deadline, '
+    'overselect, separable, layers, augment',
     'stacked, no feedback, prune, epsilon, drop, corrupt, deadline, finetune',
     'loop, prune, dp example, secagg, drop, deadline, mix',
-    'stacked, topk, overselect, widths, teacher',
-    'loop, topk, epsilon, mix',
-    'loop, dp user, secagg, finetune',
+    'bf16, stacked, topk, overselect, widths, teacher',
+    'bf16, loop, topk, epsilon, mix',
+    'bf16, loop, dp user, secagg, finetune',
     'compile, topk, dp user, layers',
     'no feedback, overselect, cut, teacher, mix',
     'stacked, secagg, teacher, layers',
     'loop, topk, dp example, widths',
     'dp example, finetune')
 SILOS = (
-    'silo, mu, adamw, compile, quantize, prune, secagg, drop, deadline, separable, finetune, '
+    'silo, mu, adamw, bf16, compile, quantize, prune, secagg, drop, deadline, separable, finetune, '
     'augment, balance',
     'silo, stacked, dp user, mix',
     'silo, loop, no feedback, corrupt',
@@ -131,7 +132,7 @@ def test_every_pair_of_settings_is_covered_or_refused_in_a_line(tmp_path, monkey
             assert any({flag(name) for name in pair} <= run for run in flags), pair
         else:
             assert any(set(pair) <= run for run in together), pair
-    assert refused == 29
+    assert refused == 30
     for run in together:
         assert not refusal(run, tmp_path, monkeypatch, capsys), run
 
