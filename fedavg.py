@@ -23,10 +23,13 @@ import collections
 import copy
 import importlib.util
 import math
+import signal
 import sys
 import time
 import weakref
 
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C is quiet while torch is imported
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -79,7 +82,7 @@ class LocalUpdate:
         B = min(B, n_k)
         shuffles = torch.stack([torch.randperm(n_k) for _ in range(math.ceil(E))])
         batches = [b for shuffle in shuffles.to(self.y.device) for b in shuffle.split(B)]
-        return batches[:int(E * math.ceil(n_k / B) + 1e-9)]     # 1e-9: 0.29 * 100 is below 29
+        return batches[:max(int(E * math.ceil(n_k / B) + 1e-9), 1)]     # 0.29 * 100 is below 29
 
     def transform(self, x):
         """Preprocesses the images x, (B, ...); here they stay as they are."""
@@ -106,25 +109,27 @@ def examples(dataset, idxs, device):
     """(images, labels (n,)) of idxs, on the device; images(b) are those at b, (B, ...)."""
     idxs = np.asarray(list(idxs))
     if not len(idxs) or idxs.dtype.kind not in 'iu':
-        raise ValueError('idxs are whole numbers; a client without any cannot train')
+        raise ValueError('idxs are whole numbers, at least one; this client cannot train')
+    idxs = idxs.astype(np.int64)
     def read(at=slice(None)):
         x, y = default_collate([dataset[i] for i in idxs[at].tolist()])
         return x.to(device), y.to(device)
-    if isinstance(dataset, TensorDataset):
+    if type(dataset) is TensorDataset:
         x, y = (v[torch.from_numpy(idxs).to(v.device)].to(device) for v in dataset.tensors)
     else:
-        known = {} if isinstance(dataset, (list, tuple)) else READ.setdefault(dataset, {})
+        keeps = type(dataset).__hash__ and hasattr(dataset, '__weakref__')
+        known = READ.setdefault(dataset, {}) if keeps else {}
         key = idxs.tobytes(), str(device)
         if key not in known:
             (x, y), *again = (read() for _ in range(2 + 64 // len(idxs)))
-            known[key] = None if any(not torch.equal(x, other) for other, _ in again) else x, y
-        x, y = known[key]       # no x where a transform is random: each batch is read anew
+            fixed = all(torch.equal(x, other) for other, _ in again)    # no random transform
+            known[key] = (x if fixed else None), y
+        x, y = known[key]
     if y.dim() == 1 and (y != y.long()).any():
         raise ValueError('labels are whole numbers')
-    images = (lambda b: read(b.cpu().numpy())[0]) if x is None else x.__getitem__
+    images = x.__getitem__ if x is not None else lambda b: read(b.cpu().numpy())[0]     # anew
     return images, y.long() if y.dim() == 1 else y
 
-################################### Averaging and evaluation ##################################
 Update = collections.namedtuple('Update', 'k w n loss kept', defaults=({},))    # kept: for beyond/
 def FedAvg(w, n=None, all_sum=lambda tensors: None):
     """The weighted mean of state_dicts, sum of n_k w_k over sum of n_k (Algorithm 1, last line).
@@ -138,7 +143,7 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
     for w_k, n_k in updates if n is None else zip(w, n, strict=True):
         if not isinstance(w_k, dict) or not all(map(torch.is_tensor, w_k.values())):
             raise TypeError(f'FedAvg averages state_dicts or Updates, not a {type(w_k).__name__}')
-        if n is not None and not 0 <= n_k < math.inf:
+        if n is not None and not 0 <= n_k < math.inf or math.isnan(n_k):
             raise ValueError(f'n_k {n_k}: a weight is finite and at least 0')
         if first is None:
             first = copy.deepcopy(w_k)
@@ -186,13 +191,13 @@ class Server:
     """Algorithm 1's server. Its steps do not call one another; main() does."""
     Client, Update, Round, Stop = LocalUpdate, Update, Round, Stop      # as rooms find them
     evaluate = staticmethod(evaluate)
+    sampling = property(lambda self: importlib.import_module('sampling'))
     rank = 0            # this process: the first one prints, and counts what all of them know
     all_sum = staticmethod(lambda tensors: None)    # sums over all processes: there is one
     def __init__(self, args):
         from models import build
-        from sampling import seed_torch
         self.args, self.K, self.history = args, args.num_users, []
-        seed_torch(args.seed, 'init')
+        self.sampling.seed_torch(args.seed, 'init')
         self.net = build(args)
 
     def prepare(self):
@@ -205,13 +210,12 @@ class Server:
 
     def holdings(self):
         """(training set, test set, {k: indices into the training set}, n_k of all clients)."""
-        from sampling import holdings
-        return holdings(self.args, self.K)
+        return self.sampling.holdings(self.args, self.K)
 
     def select(self, r):
         """S_t: m = max(C K, 1) clients at random, {k: E}, as stragglers may do fewer epochs."""
-        from sampling import rng, select
-        S_t = select(self.K, self.args.frac, rng(self.args.seed, 'select', r.t))
+        draw = self.sampling.rng(self.args.seed, 'select', r.t)
+        S_t = self.sampling.select(self.K, self.args.frac, draw)
         return dict.fromkeys(S_t.tolist(), self.args.local_ep)
 
     def send(self, w, S_t, r):
@@ -220,11 +224,10 @@ class Server:
 
     def train(self, w, S_t, r):
         """Yields each client's Update, w_k = ClientUpdate(k, w), once average() asks for it."""
-        from sampling import seed_torch
         lr = self.args.lr * self.args.lr_decay ** (r.t - 1)
         for k, E in S_t.items():
             self.net.load_state_dict(self.start(k, w, r))
-            seed_torch(self.args.seed, 'train', r.t, k)
+            self.sampling.seed_torch(self.args.seed, 'train', r.t, k)
             w_k, loss = self.client(k, r).train(self.net, lr, E)
             yield Update(k, w_k, self.weight(k), loss)
 
@@ -300,12 +303,9 @@ class Server:
 
 def main(argv=None, *classes):
     """The rows of Algorithm 1 for the flags in argv (None: sys.argv), with your own classes."""
-    from options import fail
-    try:
-        server = assembled(argv, classes)
-        server.prepare()
-    except (OSError, ValueError) as e:          # data or a net that cannot be loaded
-        fail(e, everyone=True)
+    from options import attempt
+    server = attempt(assembled, argv, classes)
+    attempt(server.prepare)
     return server.launch(algorithm_1)
 
 def algorithm_1(server):

@@ -36,7 +36,7 @@ FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'verbose'}
 def fail(message, everyone=False):
     """Ends the program as every bad input does: one line on stderr, exit code 2. Of the processes
     that torchrun starts, the first one prints it, or everyone; torchrun's report ends with it.
-    Of an output that nobody reads any more, nothing is said."""
+    A BrokenPipeError is raised again: nobody reads the output any more."""
     if isinstance(message, BrokenPipeError):
         raise message
     line = f'fedavg.py: error: {message}'
@@ -47,6 +47,14 @@ def fail(message, everyone=False):
             extra = {'py_callstack': line, 'timestamp': str(int(time.time()))}
             json.dump({'message': {'message': line, 'extraInfo': extra}}, f)
     sys.exit(2)
+
+def attempt(step, *words):
+    """step(*words). Data or a net that cannot be loaded (OSError, ValueError) end the program as
+    bad input does."""
+    try:
+        return step(*words)
+    except (OSError, ValueError) as e:
+        fail(e, everyone=True)
 
 def run(main):
     """Runs main as a script; Ctrl-C before round 1, and `head` that has read enough, end it
@@ -126,23 +134,22 @@ def devices(text):
     return numbers
 
 def writable(text):
-    """A flag's type: the real path of a file that can be written, by way of one named .tmp; its
-    folder may be missing, if that one's is there."""
+    """A flag's type: the real path of a file that can be written, by way of one named .tmp. If its
+    folder alone is missing, the run will make it."""
     path = os.path.realpath(text)
-    folder, made = os.path.dirname(path), False
+    folder = os.path.dirname(path)
     if not text or os.path.exists(path) and not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f'{text!r} is not a file; name one')
+    parent = os.path.dirname(folder)
+    if not os.path.exists(folder) and os.path.isdir(parent) and os.access(parent, os.W_OK):
+        return path
     try:
-        if not os.path.isdir(folder):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder)
-            made = 'RANK' not in os.environ         # other processes may be about to use it
+        there = os.path.exists(path + '.tmp')
         with open(path + '.tmp', 'ab'):
             pass
         with contextlib.suppress(FileNotFoundError):    # another process was faster
-            os.remove(path + '.tmp')
-        if made:        # for now: another flag may be refused
-            os.rmdir(folder)
+            if not there:
+                os.remove(path + '.tmp')
     except OSError as e:
         raise argparse.ArgumentTypeError(f'{text!r} cannot be written ({e.strerror}); name a file '
                                          'in a folder that you may write to') from e

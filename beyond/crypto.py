@@ -92,6 +92,17 @@ def about(answer, ks):
         raise ValueError('it is about other clients')
     return found
 
+def sealed_of(answer, ks):
+    """{k: hex} of an answer's sealed shares for the clients ks. Raises ValueError for anything
+    else."""
+    sealed = about(answer, ks)
+    length = 2 * (len(json.dumps(['0' * SHARE] * 2)) + 32)
+    for text in sealed.values():
+        if type(text) is not str or len(text) != length:
+            raise ValueError('a sealed share has another length')
+        bytes.fromhex(text)
+    return sealed
+
 def shares_of(answer, ks):
     """{k: share} of an answer about the clients ks. Raises ValueError for anything else."""
     shares = {v: read(text, SHARE) for v, text in about(answer, ks).items()}

@@ -59,7 +59,7 @@ class Distilled(Room):
                  'take another', everyone=True)
         try:
             self.teacher, self.was = build(was).to(args.device), was
-        except (AttributeError, KeyError, ValueError) as e:
+        except Exception as e:      # whatever the options of a file make of it
             fail(f'{flag}: its net cannot be built ({e}); take another', everyone=True)
         reason = misfit(saved['w'], self.teacher)
         if reason:

@@ -39,6 +39,17 @@ def written(flag, path):
         fail(f'--{flag} {path}: could not be written ({e.strerror}); what was there before is as '
              'it was', everyone=True)
 
+def append(flag, path, text):
+    """Adds a line to the file at path, or, if it cannot, leaves the file as it was."""
+    size = os.path.getsize(path)
+    with written(flag, path):
+        try:
+            with open(path, 'a', newline='') as f:
+                f.write(text)
+        except OSError:
+            os.truncate(path, size)
+            raise
+
 def replace(flag, path, content):
     """Replaces the file at path by these bytes, never by half of them: they are written beside
     it, and renamed."""
@@ -47,20 +58,34 @@ def replace(flag, path, content):
             f.write(content)
         os.replace(path + '.tmp', path)
 
-def opened(flag, path):
+def check_history(history, n):
+    """Raises ValueError unless history is that of rounds 1 to n."""
+    for t, row in enumerate(history, 1):
+        empty = {name for name in COLUMNS if row[name] == '' and name in ('train_loss', 'epsilon')}
+        values = [row[name] for name in COLUMNS if name not in empty]
+        if not all(type(v) in (int, float) for v in values) or row['round'] != t:
+            raise ValueError('its history is not one')
+    if len(history) != n:
+        raise ValueError(f'its history is of {len(history)} rounds, and its weights of {n}')
+
+def opened(flag, path, of_silo=False):
     """The content of the checkpoint at path, which --flag names, {'options', 'w', 'history' and a
-    name for each class with a state}. Exits with one line if it is none."""
+    name for each class with a state}; of_silo: that of a silo that is not the first, {'options',
+    'kept'}. Exits with one line if the file is no such checkpoint."""
     try:
         damaged = zipfile.ZipFile(path).testzip()       # torch.load does not check their CRCs
         if damaged:
             raise ValueError(f'{damaged} in it is damaged')
         saved = torch.load(path, map_location='cpu', weights_only=True)
-        if 'kept' not in saved and not (saved['w'] and 'csv' in saved['options']):
-            raise ValueError('half empty')
-        saved['options'] = vars(args_parser([], rooms())) | saved['options']
-        for t, row in enumerate(saved.get('history', ()), 1):
-            if not set(COLUMNS) <= set(row) or row['round'] != t or not 0 <= row['test_acc'] <= 1:
-                raise ValueError('its history is not one')
+        if of_silo:
+            return saved if set(saved) == {'options', 'kept'} else saved['kept']
+        defaults = vars(args_parser([], rooms()))
+        if not saved['w'] or set(saved['options']) - {*defaults} or type(saved['round']) is not int:
+            raise ValueError('half empty, or of a silo that is not the first')
+        saved['options'] = defaults | saved['options']
+        if any(isinstance(v, (torch.Tensor, list, dict)) for v in saved['options'].values()):
+            raise ValueError('its options are not flags')
+        check_history(saved['history'], saved['round'])
     except Exception as e:      # what torch.load raises for foreign bytes is not documented
         leave = '--resume' if flag == 'checkpoint' else f'--{flag}'
         reason = f': {e}' if type(e) is ValueError else ''
@@ -76,6 +101,8 @@ def misfit(w, net):
     for name, v in like.items():
         if not isinstance(w[name], torch.Tensor) or w[name].dtype != v.dtype:
             return f'{name} is not of type {v.dtype}'
+        if w[name].layout != torch.strided or w[name].is_meta:
+            return f'{name} is not a dense tensor'
         if w[name].shape != v.shape:
             return f'{name} has shape {tuple(w[name].shape)}, not {tuple(v.shape)}'
         if not w[name].isfinite().all():

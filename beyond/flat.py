@@ -7,6 +7,15 @@ def flat(w):
     return torch.cat([v.detach().flatten().float()
                       for v in w.values() if v.is_floating_point()]).cpu()
 
+def checked(kept, n):
+    """kept, {k: (n,)}, what clients keep. Raises ValueError for anything but finite floats."""
+    for v in kept.values():
+        if not isinstance(v, torch.Tensor) or v.layout != torch.strided or v.shape != (n,):
+            raise ValueError('what a client keeps is no vector, or has another length')
+        if v.dtype != torch.float32 or not v.isfinite().all():
+            raise ValueError('what a client keeps is not fp32, or not finite')
+    return kept
+
 def shaped(vector, w):
     """{name: its part of vector, (d,), in its shape, on its device} for w's float tensors."""
     like = {name: v for name, v in w.items() if v.is_floating_point()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from beyond import Room
-from beyond.flat import flat, shaped, unflat
+from beyond.flat import checked, flat, shaped, unflat
 from options import fail, number, requires, several, shown
 
 def flags(add):
@@ -179,6 +179,4 @@ class PersonalLayers(Room):
 
     def load(self, state):
         super().load(state)
-        self.layers = state.get('PersonalLayers', {})
-        if any(len(v) != self.stay.sum() for v in self.layers.values()):
-            raise ValueError('layers of another length')
+        self.layers = checked(state.get('PersonalLayers', {}), int(self.stay.sum()))

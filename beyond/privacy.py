@@ -9,9 +9,9 @@ sum has a fixed denominator, C K, and noise of deviation z S. DP-SGD (Abadi et a
 1607.00133, Algorithm 1) changes ClientUpdate: Poisson batches, each example's gradient clipped to
 S, noise of deviation z S on their sum. accountant.py says what that costs.
 
-With --secagg, the clients clip, and have to be trusted to. The privacy is that of a model on
-paper: the noise comes from NumPy's and, in DP-SGD, torch's generators, which are not cryptographic,
-seeded by --seed. Field of a round: epsilon, what the rounds so far have cost.
+With --secagg, the clients clip, and have to be trusted to. The noise comes from NumPy's and, in
+DP-SGD, torch's generators, which are seeded by --seed and not cryptographic.
+Field of a round: epsilon, what the rounds so far have cost.
 """
 import math
 
@@ -26,7 +26,7 @@ from options import fail, number, requires
 from sampling import rng
 
 LEAST = 10          # clients (or examples of the largest client) for which a delta makes sense
-UNLUCKY = 2**-30    # secure aggregation: the graph of clients is too thin for a sum (protocol.py)
+UNLUCKY = 2**-29    # secure sums: the graph of one data set or its neighbour is too thin
 
 def flags(add):
     """--dp, --clip, --noise, --epsilon, --delta."""
@@ -129,11 +129,10 @@ class PrivateServer(Accounted):
                 self.agreed += 1
         leak = self.leak(self.agreed)
         if leak > limit:
-            fail(f'--secagg 1: with probability {leak:.2g}, above a tenth of delta, one client '
-                 f'would decide in a round whether {self.agreed} stay, and there is a sum. Take '
-                 'more clients, more --frac, less --drop or fewer --epochs', everyone=True)
-        print(f'--secagg 1: a sum takes {self.agreed} clients; that one of them may decide whether '
-              f'there is one costs {leak:.1g} of delta')
+            fail(f'--secagg 1: whether {self.agreed} clients stay, one decides with probability '
+                 f'{leak:.2g}, above a tenth of delta; take more clients, more --frac, less --drop '
+                 'or fewer --epochs', everyone=True)
+        print(f'--secagg 1: at least {self.agreed} clients must stay; {leak:.1g} of delta pays it')
 
     def leak(self, stay):
         """The probability that in one of the rounds a client decides whether `stay` clients stay:
@@ -160,6 +159,8 @@ class PrivateServer(Accounted):
     def load(self, state):
         super().load(state)
         self.agreed = state.get('PrivateServer', {}).get('agreed')
+        if self.agreed is not None and self.agreed not in range(self.least, self.K + 1):
+            raise ValueError(f'{self.agreed!r} is no number of clients that must stay')
 
     def select(self, r):
         S_t = poisson(self.K, self.args.frac, rng(self.args.seed, 'select', r.t))
@@ -180,7 +181,7 @@ class PrivateServer(Accounted):
 
     def bounded(self, v, rounding):
         v = super().bounded(v, rounding)
-        # One that is left out could decide whether there is a sum: its update counts as 0.
+        # It counts as 0, as leaving it out could decide whether there is a sum.
         v = v if v.isfinite().all() else torch.zeros_like(v)
         return clip(v, self.args.clip - rounding)
 
@@ -289,8 +290,7 @@ def trained(net):
 ######################################## DP-FedAvg's parts ########################################
 
 def poisson(K, C, draw):
-    """S_t with each of the K clients in it with probability C, maybe none: the sampling that the
-    accountant takes for granted. draw: a NumPy generator."""
+    """S_t: each of the K clients with probability C, drawn by a NumPy generator; maybe none."""
     return np.flatnonzero(draw.random(K) < C)
 
 def clip(update, S):

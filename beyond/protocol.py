@@ -21,8 +21,8 @@ import secrets
 
 import numpy as np
 
-from beyond.crypto import (KEY, PRIME, SHARE, about, agree, expand, join, keys_of, read, seal,
-                           shares_of, split, unseal, vector, written)
+from beyond.crypto import (KEY, PRIME, SHARE, agree, expand, join, keys_of, read, seal,
+                           sealed_of, shares_of, split, unseal, vector, written)
 
 STEPS = 'advertise', 'share', 'mask', 'reveal'      # the protocol's rounds
 class SecureClient:
@@ -138,7 +138,7 @@ def secure_sum(ask, ks, threshold, d, graph=None):
     public = everyone('advertise', dict.fromkeys(ks, ''), lambda answer, k: keys_of(answer))
     keys = {k: [written(key, KEY) for key in pair] for k, pair in public.items()}
     sealed = everyone('share', {k: {v: keys[v] for v in among(public, k)} for k in public},
-                      lambda answer, k: about(answer, set(among(public, k)) - {k}))
+                      lambda answer, k: sealed_of(answer, set(among(public, k)) - {k}))
     masked = everyone('mask', {k: {v: sealed[v][k] for v in among(sealed, k) if v != k}
                                for k in sealed}, lambda answer, k: vector(answer, d))
     shares = everyone('reveal', {k: among(masked, k) for k in masked},
@@ -160,8 +160,8 @@ def recovered(v, shares, t):
                          f'{t} are needed')
     secret = join({k + 1: share for k, share in shares.items()})
     if secret >= 2**256:
-        raise ValueError(f'the shares of client {v} do not fit together: one of the clients '
-                         f'{", ".join(map(str, shares))} has sent a false one')
+        raise ValueError(f'the shares of client {v} do not fit together: it has dealt false ones, '
+                         f'or one of the clients {", ".join(map(str, shares))} has sent one')
     return secret
 
 def unmask(total, secret, v, survivors, public):
@@ -170,6 +170,8 @@ def unmask(total, secret, v, survivors, public):
     if v in survivors:
         total -= expand(secret.to_bytes(32, 'big'), len(total))
         return
+    if pow(2, secret, PRIME) != public[v][1]:
+        raise ValueError(f'the shares of client {v} give another key than its own')
     for k in survivors:
         pair = expand(agree(secret, public[k][1]), len(total))
         total += pair if k > v else -pair
@@ -187,14 +189,14 @@ def ring(ks, degree):
     return {k: {order[(i + step) % m] for step in steps} for i, k in enumerate(order)}
 
 def neighborhood(m, stay, corrupt=0.05, sigma=40, eta=30):
-    """(degree, t) for m clients of which `stay` stay: the least even degree, and with it the
-    largest t, at which, but with a probability of 2^-sigma, those that stay and are honest are
-    connected and none has t corrupt neighbours, and, but with 2^-eta, each has t that stay. None
-    where all have to be neighbours.
+    """(degree, t), how many neighbours each of m clients has and how many shares give a secret, if
+    `stay` clients stay; None where all have to be neighbours.
 
-    Bell et al. 2020, Section 3, by the exact hypergeometric tails of the authors' own
-    implementation, which has sigma = 40 and eta = 20. corrupt: the fraction of the clients that
-    collude with the server.
+    It is the least even degree, and with it the largest t, for which two things hold. Privacy: but
+    with probability 2^-sigma, the honest clients that stay are connected, and none has t corrupt
+    neighbours. Correctness: but with probability 2^-eta, each client has t neighbours that stay.
+    Bell et al. 2020, Section 3, by the exact hypergeometric tails of the authors' implementation,
+    which has sigma = 40 and eta = 20. corrupt: the fraction that colludes with the server.
     """
     gone = math.ceil(round(corrupt * m, 9)) + m - stay
     def fails(degree, t):       # some client of m has fewer than t neighbours that stay

@@ -99,10 +99,13 @@ class Pruned(Room):
         super().load(state)
         if state:
             mask = state['Pruned']['mask']
-            if mask.shape != self.mask.shape or mask.dtype != torch.bool:
-                raise ValueError('a mask of another length')
+            if mask.shape != self.mask.shape or (mask.dtype, mask.layout) != (
+                    torch.bool, torch.strided):
+                raise ValueError('a mask of another kind')
             self.mask = mask
             self.holders = set() if self.silo else set(state['Pruned']['holders'])
+            if not all(type(k) is int for k in self.holders):
+                raise ValueError('holders that are no clients')
 
 class PrunedClient:
     """Sets pruned weights to zero after each step. mask: {name: tensor of 0 and 1}."""

@@ -21,7 +21,7 @@ import threading
 import torch
 
 from beyond import Room, rooms
-from beyond.files import COLUMNS, misfit, opened, replace, rows, set_aside, written
+from beyond.files import COLUMNS, append, misfit, opened, replace, rows, set_aside
 from options import FREE, fail, number, shown, writable
 
 def flags(add):
@@ -75,8 +75,9 @@ class Records(Room):
         return self.args.csv if self.rank == 0 else None
 
     def prepare(self):
-        saved = self.resumed()
+        saved = {}
         try:
+            saved = self.resumed()
             self.load(saved)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             fail(f'--resume 1: {self.file} does not hold what these flags need '
@@ -128,7 +129,7 @@ class Records(Room):
     def fit(self, saved):
         """Exits with an error if the checkpoint is not of this net and number of processes."""
         reason, self.w = misfit(saved['w'], self.net), saved['w']
-        kept, keeps = (set(state) - {'options', 'processes', 'w', 'history'}
+        kept, keeps = (set(state) - {'options', 'processes', 'round', 'w', 'history'}
                        for state in (saved, self.state()))
         if kept != keeps:
             reason = (f'it holds the state of {", ".join(sorted(kept)) or "no class"}, and this '
@@ -146,7 +147,8 @@ class Records(Room):
         t = len(saved['history'])
         if not self.keeps:
             return {}
-        kept = opened('checkpoint', self.file)['kept'] if os.path.exists(self.file) else {}
+        there = os.path.exists(self.file)
+        kept = opened('checkpoint', self.file, of_silo=True)['kept'] if there else {}
         if t not in kept:
             print(f'silo {self.rank}: no checkpoint of round {t} here; what it had kept is lost',
                   file=sys.stderr)
@@ -164,8 +166,9 @@ class Records(Room):
         with uninterrupted():
             super().end(w, row, r)
             if self.log:
-                with written('csv', self.log), open(self.log, 'a', newline='') as f:
-                    rows(f).writerow(row)
+                line = io.StringIO()
+                rows(line).writerow(row)
+                append('csv', self.log, line.getvalue())
             if r.t % self.args.save_every == 0:
                 self.save()
 
@@ -189,7 +192,8 @@ class Records(Room):
     def content(self):
         """What the checkpoint holds."""
         if not self.rank:
-            return {'options': self.options, 'processes': self.size} | self.state()
+            return {'options': self.options, 'processes': self.size,
+                    'round': len(self.history)} | self.state()
         t = len(self.history)
         if t not in self.before:
             own = {name: v for name, v in self.state().items() if name not in ('w', 'history')}
@@ -233,8 +237,9 @@ class Records(Room):
             print(f'checkpoint: {self.file}, after round {len(self.history)}')
         code = super().finish(code)
         if self.history and self.args.plot and self.rank == 0:
-            with written('plot', self.args.plot):
-                plot(self.args.plot, self.history)
+            picture, kind = io.BytesIO(), self.args.plot.rpartition('.')[2].lower()
+            plot(picture, kind, self.history)
+            replace('plot', self.args.plot, picture.getbuffer())
         if 'accuracies' in self.notes():
             self.rewrite_log()
         return code
@@ -259,8 +264,8 @@ def uninterrupted():
     if came:
         before(signal.SIGINT, None)
 
-def plot(path, history):
-    """Accuracy and loss against rounds, as a picture at path."""
+def plot(file, kind, history):
+    """Accuracy and loss against rounds, as a picture of that kind in the open file."""
     from matplotlib.figure import Figure
     figure = Figure((9, 3.5), layout='constrained')
     left, right = figure.subplots(1, 2)
@@ -272,4 +277,4 @@ def plot(path, history):
         right.plot(t, values, label=name.replace('_', ' '))
     right.set(xlabel='round', ylabel='loss')
     right.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, format=kind, dpi=150)

@@ -29,12 +29,13 @@ def flags(add):
     add('threshold', None, number(float, 0, 1, above=True), 'with --secagg: fraction of S_t that '
         'must stay for the sum to be revealed; 2/3 if not given; half or less is not safe')
     add('neighbors', None, number(int, 2), 'with --secagg: the clients with which each shares its '
-        'secrets, an even number; as many as privacy takes if not given')
+        'secrets, an even number; the fewest that are safe if not given')
     add('range', None, number(float, 1e-9, 1e9), 'with --secagg: values of w_k - w are clamped to '
         'plus or minus this; 1, or --clip, if not given')
 
 CLASHES = (('topk', 'secagg', 'whose clients would send different values, which do not add up '
-            'when they are masked'),)
+            'when they are masked'),
+           ('neighbors', 'dp user', 'whose delta has room for the default number alone'))
 
 def check(args):
     """A sum has several terms. Fills in the threshold."""
@@ -66,7 +67,8 @@ class Secure(Room):
         if fits < (args.quantize or LEAST_BITS):
             fail(f'--secagg 1{f" --quantize {args.quantize}" * bool(args.quantize)}: a round can '
                  f'have so many examples that {max(fits, 0)} bits a value fit into a sum of 32; '
-                 f'take a smaller --frac, or --quantize 1 to {max(fits, 1)}', everyone=True)
+                 'take a smaller --frac' + f', or --quantize 1 to {fits}' * (fits > 0),
+                 everyone=True)
         print(f'--secagg 1: {self.bits} bits a value, from -{self.bound():g} to {self.bound():g}')
         self.level = 2 * self.bound() / (2**self.bits - 1)      # between two levels of rounding
         d = len(flat(self.w))
@@ -93,7 +95,8 @@ class Secure(Room):
         """What client u.k adds to the sum, (d + 1,) uint32. Raises ValueError for NaN."""
         v = (flat(u.w) - flat(w))[self.at(u.k, r)].double()
         v = self.bounded(v, len(v) ** 0.5 * self.level)         # rounding adds that much at most
-        v = np.append(v, (np.nan_to_num(u.loss, nan=16) / 8 - 1) * self.bound())
+        loss = min(u.loss, 16.0) if u.loss == u.loss else 16.0          # NaN is not
+        v = np.append(v, (loss / 8 - 1) * self.bound())
         draw = rng(self.args.seed, 'quantize', r.t, u.k)
         return term(v, self.bound(), self.bits, self.weight(u.k), draw)
 

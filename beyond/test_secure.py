@@ -189,7 +189,7 @@ def test_false_shares_stop_the_sum_and_those_who_sent_them_are_named():
             return answer
         shares = {v: int(y, 16) ^ 1 << 500 for v, y in json.loads(answer).items()}
         return json.dumps({v: f'{y:0131x}' for v, y in shares.items()}).encode()
-    with pytest.raises(ValueError, match='one of the clients 0, 1, 2 has sent a false one'):
+    with pytest.raises(ValueError, match='client 0 do not .* clients 0, 1, 2 has sent one'):
         secure_sum(ask, range(4), 3, 3)
 
 def test_a_masked_vector_looks_uniform():
@@ -236,7 +236,7 @@ def test_private_and_secure_go_together(run, capsys):       # noqa: F811
     words = '--dp user --clip 0.3 --noise 0.01 --frac 0.9'
     a, b = flat(final(run, words)), flat(final(run, f'{words} --secagg 1'))
     assert 0 < (a - b).norm() < 2e-3 * a.norm()
-    assert 'a sum takes 5 clients' in capsys.readouterr().out
+    assert 'at least 5 clients must stay' in capsys.readouterr().out
     # Of the other 9 clients 4, or 5, with probability 0.9 each, in 3 rounds; 10^-1.1 / 10.
     assert 3 * binomial(9, 0.9, 4) < 0.00794 < 3 * binomial(9, 0.9, 5)
 
@@ -314,7 +314,7 @@ def test_neighbouring_data_sets_give_no_outcome_that_the_accountant_did_not_coun
 
 def test_what_decides_about_a_sum_is_paid_from_delta_or_refused(run, refused, tmp_path):  # noqa
     words = '--dp user --clip 1 --noise 1 --secagg 1'.split()
-    for more, said in (('--num_users 100', 'take more clients'),
+    for more, said in (('--num_users 100', 'take more clients'), ('--neighbors 4', '--dp user'),
                        ('--num_users 100 --frac 0.9 --drop 0.9', 'less --drop'),
                        ('--speeds lognormal:1 --deadline 1', '--deadline 1')):
         assert said.lower() in refused([*words, *more.split()]).lower()
@@ -324,12 +324,14 @@ def test_what_decides_about_a_sum_is_paid_from_delta_or_refused(run, refused, tm
                     f'{tmp_path}/c.pt'.split()])
     assert 'fewer --epochs' in line
 
+@pytest.mark.parametrize('clip', [0.5, 10.0])
 @pytest.mark.parametrize('broken', [math.nan, math.inf])
-def test_a_client_that_diverges_does_not_decide_whether_there_is_a_private_sum(broken):
+def test_a_client_that_diverges_does_not_decide_whether_there_is_a_private_sum(broken, clip):
     w, r = {'v': torch.zeros(4)}, fedavg.Round(1)
-    made = prepared(w, PrivateServer, weights=[1] * 4, clip=0.5, quantize=12, dp='user')
+    made = prepared(w, PrivateServer, weights=[1] * 4, clip=clip, quantize=12, dp='user')
     u = fedavg.Update(0, {'v': torch.tensor([broken, 1, 2, 3])}, 1, broken)
-    assert np.abs(made.term(u, w, r)[:-1] * made.level - 0.5).max() <= made.level
+    *v, loss = made.term(u, w, r) * made.level - clip
+    assert np.abs(v).max() <= made.level and loss == pytest.approx(clip)
 
 def test_a_nan_client_does_not_end_a_secure_run(run, capsys):       # noqa: F811
     class OneNaN:

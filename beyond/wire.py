@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from beyond import Room
-from beyond.flat import flat, unflat
+from beyond.flat import checked, flat, unflat
 from compress import decode, encode
 from options import fail, number
 from sampling import rng
@@ -175,6 +175,5 @@ class Feedback(Room):
 
     def load(self, state):
         super().load(state)
-        self.residuals = state.get('Feedback', {})
-        if any(len(v) != len(flat(self.net.state_dict())) for v in self.residuals.values()):
-            raise ValueError('residuals of another length')
+        d = len(flat(self.net.state_dict()))
+        self.residuals = checked(state.get('Feedback', {}), d)
