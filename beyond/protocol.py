@@ -121,12 +121,7 @@ def secure_sum(ask, ks, threshold, d, graph=None):
     answer, or fewer than t of a client's neighbours.
     """
     def everyone(step, messages, parse):
-        answers = {}
-        for k, message in messages.items():
-            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-                answer = ask(k, step, json.dumps(message).encode())
-                if answer is not None:
-                    answers[k] = parse(answer, k)
+        answers = parsed(ask, step, messages, parse)
         if len(answers) < threshold:
             raise ValueError(f'{len(answers)} of {len(ks)} clients have answered "{step}", '
                              f'{threshold} are needed')
@@ -151,6 +146,16 @@ def secure_sum(ask, ks, threshold, d, graph=None):
         unmask(total, recovered(v, {k: shares[k][v] for k in holders}, t), v,
                among(masked, v), public)
     return total, list(masked)
+
+def parsed(ask, step, messages, parse):
+    """{k: parse(answer, k)} of the clients whose answer to their message makes sense."""
+    answers = {}
+    for k, message in messages.items():
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+            answer = ask(k, step, json.dumps(message).encode())
+            if answer is not None:
+                answers[k] = parse(answer, k)
+    return answers
 
 def recovered(v, shares, t):
     """Client v's secret, of which {k: share} are shares. Raises ValueError if they are fewer than
