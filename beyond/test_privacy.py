@@ -141,6 +141,9 @@ def test_the_largest_epsilon_is_that_of_all_cases():
         cases = [(min(10 / v, 1), int(steps)) for v, steps in zip(n, draw.integers(0, 400, 12))]
         assert largest(cases, noise, 1e-4) == max(epsilon(q, noise, steps, 1e-4)
                                                   for q, steps in cases)
+    # The second costs more at the first order that is tried, the first at its best one.
+    for noise, cases in ((0.6, [(0.5, 2), (0.001, 100000)]), (1.0, [(0.9, 1), (0.02, 1000)])):
+        assert largest(cases, noise, 1e-4) == epsilon(cases[0][0], noise, cases[0][1], 1e-4)
     assert largest([(0.1, 0), (0, 5)], 1.0, 1e-4) == 0
 
 def test_a_delta_that_publishing_someone_meets_is_refused(refused, run):        # noqa: F811
