@@ -281,7 +281,7 @@ def test_a_sum_that_could_overflow_is_refused_and_so_is_rounding_longer_than_the
 
 def test_the_sum_is_bounded_by_the_largest_clients_that_can_be_asked():
     w = {'v': torch.zeros(3)}
-    sizes = [1] * 90 + [6000] * 10      # 10 of 100 are asked: 60,000 examples
+    sizes = [100] * 90 + [6000] * 10        # 10 of 100 are asked: 60,000 of 69,000 examples
     assert prepared(w, weights=sizes).bits == 16
     assert prepared(w, weights=[12000] + sizes[1:]).bits == 15
 
