@@ -131,7 +131,7 @@ class Forked(Processes):
     def interrupted(self, *_):
         """Ctrl-C, or the death of a child."""
         if self.died:
-            raise self.Stop(f'{self.died}; so all end, and the last whole round is kept', 1)
+            raise self.Stop(f'{self.died}; all processes end, and the last round is kept', 1)
         raise KeyboardInterrupt
 
     def broken(self):

@@ -129,10 +129,10 @@ class PrivateServer(Accounted):
                 self.agreed += 1
         leak = self.leak(self.agreed)
         if leak > limit:
-            fail(f'--secagg 1: whether {self.agreed} clients stay, one decides with probability '
+            fail(f'--secagg 1: one client decides whether {self.agreed} stay, with probability '
                  f'{leak:.2g}, above a tenth of delta; take more clients, more --frac, less --drop '
                  'or fewer --epochs', everyone=True)
-        print(f'--secagg 1: at least {self.agreed} clients must stay; {leak:.1g} of delta pays it')
+        print(f'--secagg 1: at least {self.agreed} clients must stay; it costs {leak:.1g} of delta')
 
     def leak(self, stay):
         """The probability that in one of the rounds a client decides whether `stay` clients stay:

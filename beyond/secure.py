@@ -95,7 +95,7 @@ class Secure(Room):
         """What client u.k adds to the sum, (d + 1,) uint32. Raises ValueError for NaN."""
         v = (flat(u.w) - flat(w))[self.at(u.k, r)].double()
         v = self.bounded(v, len(v) ** 0.5 * self.level)         # rounding adds that much at most
-        loss = min(u.loss, 16.0) if u.loss == u.loss else 16.0          # NaN is not
+        loss = min(u.loss, 16.0) if u.loss == u.loss else 16.0      # NaN counts as 16
         v = np.append(v, (loss / 8 - 1) * self.bound())
         draw = rng(self.args.seed, 'quantize', r.t, u.k)
         return term(v, self.bound(), self.bits, self.weight(u.k), draw)
