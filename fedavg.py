@@ -164,11 +164,11 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
 @torch.no_grad()
 def evaluate(net, x, y, bs, all_sum=lambda tensors: None):
     """(mean loss, accuracy) of net, left unchanged, on x (n, ...), y (n,), bs at a time."""
-    net = copy.deepcopy(net).eval()
-    logits = torch.cat([net(xb) for xb in x.split(bs)])             # (n, classes)
-    losses = F.cross_entropy(logits, y, reduction='none').double()
-    right = (logits.argmax(1) == y).double()
-    sums = torch.stack([losses.sum(), right.sum(), torch.ones_like(right).sum()])
+    net, sums = copy.deepcopy(net).eval(), 0
+    for xb, yb in zip(x.split(bs), y.split(bs)):
+        logits = net(xb)                                # (bs, classes); of text (bs, classes, T)
+        loss, right = F.cross_entropy(logits, yb, reduction='none'), logits.argmax(1) == yb
+        sums += torch.stack([v.double().sum() for v in (loss, right, yb >= 0)])     # < 0: padding
     all_sum([sums])
     return tuple((sums[:2] / sums[2]).tolist())
 

@@ -1,7 +1,7 @@
 """The nets of the paper, and those of the layout that this project mirrors.
 
 TwoNN, PaperCNNMnist and PaperCNNCifar are the nets of McMahan et al. 2017, Section 3: its "2NN",
-its MNIST CNN and, for CIFAR-10, the TensorFlow tutorial's. MLP, CNNMnist and CNNCifar have the
+its MNIST CNN and, for CIFAR-10, the TensorFlow tutorial's, CharLSTM that for Shakespeare. MLP, CNNMnist and CNNCifar have the
 layers and state_dict keys of the paper's popular PyTorch code. All take images (B, channels,
 height, width) and return logits (B, classes). This file needs torch alone.
 
@@ -27,6 +27,8 @@ def build(args):
     """
     if ':' in args.model:
         return imported(args)
+    if args.model == 'lstm':
+        return CharLSTM(args)
     shape = getattr(args, 'shape', None) or {1: (1, 28, 28), 3: (3, 32, 32)}[args.num_channels]
     if args.model in ('2nn', 'mlp'):
         net = {'2nn': TwoNN, 'mlp': MLP}[args.model]
@@ -45,7 +47,9 @@ def imported(args):
     try:
         net = getattr(importlib.import_module(module), name)(args)
         tried = isinstance(net, nn.Module) and copy.deepcopy(net).eval()
-        logits = tried and tried(torch.zeros(2, *args.shape))
+        text = getattr(args, 'dataset', None) == 'shakespeare'
+        blank = torch.zeros(2, *args.shape, dtype=torch.int64 if text else torch.float32)
+        logits = tried and tried(blank)
     except (Exception, SystemExit) as e:        # whatever a class of the user's raises
         reason = (str(e) or 'no reason given').splitlines()[0]
         raise ValueError(f'--model {args.model}: {type(e).__name__}: {reason}; it has to be a '
@@ -54,9 +58,10 @@ def imported(args):
     if not tried or not any(p.requires_grad for p in net.parameters()):
         raise ValueError(f'--model {args.model}: gives a {type(net).__name__}, not an nn.Module '
                          'with parameters to train')
-    if logits.shape != (2, args.num_classes):
-        raise ValueError(f'--model {args.model}: gives {tuple(logits.shape)} for two images, not '
-                         f'(2, {args.num_classes}): a logit for each class')
+    wanted = (2, args.num_classes, *(args.shape if text else ()))
+    if logits.shape != wanted:
+        raise ValueError(f'--model {args.model}: gives {tuple(logits.shape)} for two examples, not '
+                         f'{wanted}: a logit for each class')
     return net
 
 class Net(nn.Module):
@@ -135,6 +140,26 @@ class PaperCNNCifar(Net):
         'fc1': lambda net, x: F.relu(net.fc1(x.flatten(1))),            # (B, 384)
         'fc2': lambda net, x: F.relu(net.fc2(x)),                       # (B, 192)
         'fc3': lambda net, x: net.fc3(x)}                               # (B, 10)
+
+class CharLSTM(nn.Module):
+    """The paper's Shakespeare net: an embedding of 8, two LSTM layers of 256, and for each character
+    the logits of the next. x (B, T): numbers of characters, -1 after the end of a line; it gives
+    (B, num_classes, T). Of args: num_classes.
+
+    818,595 parameters for 75 classes. The paper has 866,578 and does not state its vocabulary: 256
+    symbols would make 866,560.
+    """
+    def __init__(self, args):
+        super().__init__()
+        self.embedding = nn.Embedding(args.num_classes, 8)
+        self.lstm = nn.LSTM(8, 256, num_layers=2, batch_first=True)
+        self.fc = nn.Linear(256, args.num_classes)
+
+    def forward(self, x):
+        longest = int((x >= 0).sum(1).max())            # after that there is no line
+        embedded = self.embedding(x[:, :longest].clamp(min=0))              # (B, longest, 8)
+        logits = self.fc(self.lstm(embedded)[0])                            # (B, longest, V)
+        return F.pad(logits.transpose(1, 2), (0, x.shape[1] - longest))     # (B, V, T)
 
 ################################ The mirrored layout's nets ################################
 

@@ -18,8 +18,9 @@ import time
 
 # Training examples, channels and classes, which --num_users and the like are checked against.
 DATASETS = {'mnist': (60000, 1, 10), 'fmnist': (60000, 1, 10), 'cifar': (50000, 3, 10),
-            'synthetic': (60000, 1, 10)}
-MODELS = '2nn', 'paper_cnn', 'mlp', 'cnn'
+            'synthetic': (60000, 1, 10), 'shakespeare': (85577, None, 75)}
+ROLES = 1242        # of Shakespeare's plays: the clients
+MODELS = '2nn', 'paper_cnn', 'mlp', 'cnn', 'lstm'
 # What other projects call a flag of this one.
 ELSEWHERE = {'rounds': 'epochs', 'num_rounds': 'epochs', 'comm_rounds': 'epochs', 'T': 'epochs',
              'num_clients': 'num_users', 'clients': 'num_users', 'K': 'num_users',
@@ -199,7 +200,8 @@ def adder(group):
 def flags(add):
     """The paper's flags."""
     add('epochs', 60, number(int, 1), 'rounds t of training')
-    add('num_users', 100, number(int, 1), 'K, clients in all; the paper has 100')
+    add('num_users', None, number(int, 1), 'K, clients in all; the paper has 100 (default 100; '
+        f"shakespeare's {ROLES} roles are the clients)")
     add('frac', 0.1, number(float, 0, 1),
         'C, fraction of clients in a round, m = max(round(C K), 1); the paper has 0 to 1')
     add('local_ep', 1, number(int, 1), 'E, local epochs; the paper has 1 to 20')
@@ -211,15 +213,17 @@ def flags(add):
         'eta is multiplied by this each round; the paper has 0.99 on CIFAR')
     add('momentum', 0.0, number(float, 0, 0.9999), 'momentum of the local SGD; the paper has none')
     add('model', '2nn', choice(*MODELS),
-        "2nn and paper_cnn are the paper's nets, mlp and cnn those of the layout that this project "
-        'mirrors; or module:Class, which is called with the flags')
+        "2nn and paper_cnn are the paper's nets for images and lstm that for shakespeare, mlp and "
+        'cnn those of the layout that this project mirrors; or module:Class, which is called with '
+        'the flags')
     add('dataset', 'mnist', choice(*DATASETS),
-        'mnist, fmnist, cifar, or synthetic, which needs no download; or module:function, which is '
-        'called with --data_dir and returns training and test set')
+        'mnist, fmnist, cifar, shakespeare, or synthetic, which needs no download; or '
+        'module:function, which is called with --data_dir and returns training and test set')
     add('data_dir', './data', str, "torchvision's root folder; missing files are downloaded")
     add('num_channels', None, number(int, 1), "the images' channels; known from the data")
     add('num_classes', None, number(int, 1), "the labels' classes; known from the data")
-    add('iid', 1, bool, '1: shuffled; 0: sorted by label, two shards for each client')
+    add('iid', 1, bool, '1: shuffled; 0: sorted by label, two shards for each client, or the lines '
+        'of a role of shakespeare')
     add('alpha', None, number(float, 0, above=True),
         'with --iid 0: a Dirichlet(alpha) split over the labels instead of shards')
     add('unequal', 0, bool, "1: the clients' sizes n_k differ by a log-normal factor")
@@ -233,7 +237,8 @@ def flags(add):
 
 def check(args):
     """What no single flag can see: values that contradict each other or the data. Fills in the
-    channels and classes of the data sets that it knows."""
+    clients, channels and classes of the data sets that it knows."""
+    check_text(args)
     n, channels, classes = DATASETS.get(args.dataset, (math.inf, None, None))
     for name, known in (('num_channels', channels), ('num_classes', classes)):
         given = getattr(args, name)
@@ -245,6 +250,22 @@ def check(args):
              'most that many')
     if args.alpha and args.iid:
         fail(f'--alpha {args.alpha}: splits by label, which --iid 1 does not; add --iid 0')
+
+def check_text(args):
+    """Lines of text have their own net and, unless they are dealt out anew, their own clients."""
+    text = args.dataset == 'shakespeare'
+    if text != (args.model == 'lstm') and ':' not in args.model:
+        fits = 'lstm' if text else '2nn or another net for images'
+        fail(f'--model {args.model}: does not take the examples of {args.dataset}; take {fits}')
+    if not text:
+        args.num_users = args.num_users or 100
+        return
+    for name, there in (('num_users', args.num_users not in (None, ROLES)), ('alpha', args.alpha),
+                        ('unequal', args.unequal), ('num_channels', args.num_channels)):
+        if there:
+            fail(f'--{name} {shown(getattr(args, name))}: the clients of shakespeare are the '
+                 f'{ROLES} roles of its plays; leave the flag out')
+    args.num_users = ROLES
 
 def device(gpu):
     """torch's CUDA device `gpu`, an int or the first of a tuple, under torchrun the LOCAL_RANK-th
@@ -260,15 +281,16 @@ def device(gpu):
     return torch.device('cuda', index)
 
 def clash(args, name, other, why):
-    """Ends the program if the flag `name` is given beside another one that excludes it.
-
-    other: that flag, or, as 'dp user', the flag with one of its values; why: a relative clause.
-    """
-    flag, _, only = other.partition(' ')
-    value, given = getattr(args, name), getattr(args, flag)
-    if value and (str(given) == only if only else given):
-        fail(f'--{name} {shown(value)}: does not go with --{flag} {shown(given)}, {why}; leave '
-             'one of them out')
+    """Ends the program if the flag `name` is given beside another one that excludes it. Each may be
+    a flag with one of its values, as 'dp user'. why: a relative clause."""
+    given = []
+    for words in (name, other):
+        flag, _, only = words.partition(' ')
+        value = getattr(args, flag)
+        if not value or only and str(value) != only:
+            return
+        given.append(f'--{flag} {shown(value)}')
+    fail(f'{given[0]}: does not go with {given[1]}, {why}; leave one of them out')
 
 def requires(args, owner, names, there):
     """Ends the program if a flag of names is given without its owner, a flag such as '--dp user',

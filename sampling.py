@@ -14,12 +14,15 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import http.client
 import importlib
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
+import urllib.request
 import zlib
 
 import numpy as np
@@ -48,6 +51,11 @@ MEAN_STD = {'mnist': ((0.1307,), (0.3081,)), 'fmnist': ((0.2860,), (0.3530,)),
 def holdings(args, K):
     """(training set, test set, {k: indices into the training set}, n_k (K,)) of K clients, as
     args.dataset, data_dir, iid, alpha, unequal and seed say. Raises what load and sizes raise."""
+    if args.dataset == 'shakespeare':
+        train, test, n_k = shakespeare(args.data_dir)
+        n_k = sizes(len(train), K) if args.iid else n_k
+        parts = iid(n_k, args.seed) if args.iid else in_order(n_k)
+        return train, test, parts, n_k
     train, test = load(args.dataset, args.data_dir, args.seed)
     labels = train.tensors[1]
     n_k = sizes(len(labels), K, args.unequal, args.seed)
@@ -57,6 +65,8 @@ def shape(args):
     """(shape of an image, its channels, number of classes) of args.dataset; a user's own is loaded
     to find out. Raises ValueError if args.num_channels or num_classes are others."""
     images, classes = (3, 32, 32) if args.dataset == 'cifar' else (1, 28, 28), 10
+    if args.dataset == 'shakespeare':
+        return (LINE,), None, len(VOCABULARY) + 1
     if ':' in args.dataset:
         train, test = own(args.dataset, args.data_dir)
         images = tuple(train.tensors[0].shape[1:])
@@ -76,6 +86,8 @@ def load(name, data_dir, seed=0, download=True):
     which is called with data_dir and returns two map-style (image, label) data sets.
     Raises OSError with one line that names the folder, the file or the function at fault.
     """
+    if name == 'shakespeare':
+        return shakespeare(data_dir, download)[:2]
     if name == 'synthetic':
         return synthetic(60000, seed, 'train'), synthetic(10000, seed, 'test')
     if ':' in name:
@@ -100,11 +112,16 @@ def load(name, data_dir, seed=0, download=True):
         for parent in absent:   # it has made them
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-        raise OSError(f'--data_dir {folder}: lacks {", ".join(missing) or "readable files"}, and '
-                      f'the download failed ({reason}); name the folder that holds {name}, or take '
-                      '--dataset synthetic') from e
+        raise unavailable(folder, missing, e, name) from e
     return tuple(standardised(name, data_dir, data) for data in sets)
+
+def unavailable(folder, missing, error, name):
+    """The OSError for files of the data set `name` that the folder lacks, and whose download has
+    failed."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return OSError(f'--data_dir {folder}: lacks {", ".join(missing) or "readable files"}, and the '
+                   f'download failed ({reason}); name the folder that holds {name}, or take '
+                   '--dataset synthetic')
 
 def torchvision_set(name):
     """torchvision's class for the data set `name`. It is imported here, as it takes a second."""
@@ -193,6 +210,112 @@ def as_tensors(dataset):
         raise ValueError('labels are whole numbers from 0 on')
     return TensorDataset(x.float(), y.long())
 
+################################### Shakespeare's plays ###################################
+
+PLAYS_AT = ('https://raw.githubusercontent.com/martin-gorner/tensorflow-rnn-shakespeare/'
+            '25946cd6486e8a8f96d84edb200a8b8b6e961c27/shakespeare/')
+# {play: the first 16 hexadecimal digits of its file's SHA-256}
+PLAYS = {'1kinghenryiv': '7590d173c0be7dba', '1kinghenryvi': '715e55cc52c1150b',
+         '2kinghenryiv': '4a9f52f2db3ed3f0', '2kinghenryvi': 'b282843daec114f4',
+         '3kinghenryvi': '6156dfad1cd8844c', 'allswellthatendswell': '3bad3562a52b3439',
+         'antonyandcleopatra': '4cecd44a3320f7d6', 'asyoulikeit': 'eaa3526fe53859f3',
+         'comedyoferrors': 'd53fcfe394885515', 'coriolanus': '13d7e0259fcd46cd',
+         'cymbeline': 'b5bb1a49d38e1b62', 'hamlet': '1846810b98f3dce4',
+         'juliuscaesar': 'd4b1254e22888a27', 'kinghenryv': '62cbcdfd774cdbc3',
+         'kinghenryviii': '63fc4a4ec60c4c72', 'kingjohn': '251870ca2777912e',
+         'kinglear': '674a2725884307c9', 'kingrichardii': '7af43884757911af',
+         'kingrichardiii': '0b5ef70294ed26ff', 'loveslabourslost': 'b7521b8ae6d6cff3',
+         'macbeth': '339afa674ac54e50', 'measureforemeasure': '1449c06143bdf48e',
+         'merchantofvenice': '54b95ab530e81bfc', 'merrywivesofwindsor': '85dfbea19962e8d2',
+         'midsummersnightsdream': '684b22072f158a79', 'muchadoaboutnothing': 'fad832e284ccabb6',
+         'othello': 'e1590d00e121e535', 'periclesprinceoftyre': 'f03561e0fb339fd3',
+         'romeoandjuliet': '1cd830b4a8154da6', 'tamingoftheshrew': '87f9d1f22bb05027',
+         'tempest': '1f20301e552d43aa', 'timonofathens': 'a01c9ebbf5d31936',
+         'titusandronicus': '5135117e84fa127c', 'troilusandcressida': 'fdf3a04f0a92ec3c',
+         'twelfthnight': '68a44a35e82462d4', 'twogentlemenofverona': '53f40375e3889116',
+         'winterstale': '9a1c8f6f73264b2b'}
+# Characters by their numbers, from 1; 0 is any other.
+VOCABULARY = ("\n !$&',-.0123456789:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+LINE = 64           # characters of the longest line
+
+def shakespeare(data_dir, download=True):
+    """(training set, test set, n_k (K,)) of the plays in data_dir/shakespeare: a client for each
+    role of each play that has two lines or more, whose last 20 % of lines, rounded up, are for
+    testing (Section 3). The training lines of client 0 come first, then those of client 1; the
+    test lines are sorted by length.
+
+    An example is a line: x its characters, (n, 64) int64, -1 after its end; y the next ones, the
+    end of the line last, -100 after that. Raises OSError for missing, damaged or other files.
+    """
+    train, test, n_k = [], [], []
+    for text in plays(data_dir, download):
+        roles = {}
+        for role, line in speeches(text):
+            roles.setdefault(role, []).append(line)
+        for lines in roles.values():
+            n = len(lines) - math.ceil(len(lines) / 5)
+            if n:
+                train, test, n_k = train + lines[:n], test + lines[n:], n_k + [n]
+    return numbered(train), numbered(sorted(test, key=len)), np.array(n_k)
+
+def plays(data_dir, download=True):
+    """The plays' texts; missing files are downloaded, if asked for."""
+    texts = []
+    for name, digits in PLAYS.items():
+        path = os.path.join(data_dir, 'shakespeare', f'{name}.txt')
+        here = os.path.exists(path)
+        text = pathlib.Path(path).read_bytes() if here else fetched(path, download)
+        if hashlib.sha256(text).hexdigest()[:16] != digits:
+            raise OSError(f'{path} is truncated, corrupt or another file; delete it and fetch it '
+                          'again')
+        if not here:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            pathlib.Path(f'{path}.tmp').write_bytes(text)
+            os.replace(f'{path}.tmp', path)
+        texts.append(text.decode('ascii'))
+    return texts
+
+def fetched(path, download):
+    """The bytes of a play that is missing at this path."""
+    folder, name = os.path.split(path)
+    if not download:
+        raise OSError(f'{os.path.dirname(folder)} lacks {name}')
+    try:
+        with urllib.request.urlopen(PLAYS_AT + name, timeout=60) as answer:
+            return answer.read()
+    except (OSError, http.client.HTTPException) as e:
+        raise unavailable(os.path.dirname(folder), [f'shakespeare/{name}'], e, 'shakespeare') from e
+
+def speeches(text):
+    """Yields (role, line) for each line of a play. "SPEAKER<tab>line" begins a speech and
+    "<tab>line" goes on with it; what stands before the first act, headings and stage directions,
+    in brackets, are not spoken. A name may fill two rows, the first without a tab."""
+    title = text.split('\n', 1)[0].strip()
+    start = re.search(r'^(ACT|\t(PROLOGUE|INDUCTION))\b', text, re.MULTILINE).start()
+    text = re.sub(r'\[([^]\n]|\n(?!\n))*\]?|[]|]', ' ', text[start:])     # some lack their ]
+    role, half = None, ''
+    for row in text.split('\n'):
+        name, _, line = (' '.join(part.split()) for part in row.partition('\t'))
+        if re.match('(ACT|SCENE) ', name):
+            role, name = None, ''
+        elif re.fullmatch(r'(PROLOGUE|INDUCTION|EPILOGUE)\.?', line):
+            role = line
+        elif '\t' in row:
+            role = f'{half} {name}'.strip(" :'") if name else role
+            if role and line and (name or line != title):       # the title is on each page
+                yield role, line
+        half = '' if '\t' in row else name
+
+def numbered(lines):
+    """Lines as a TensorDataset of their characters and of the next ones."""
+    number = np.zeros(256, np.int64)
+    number[[ord(c) for c in VOCABULARY]] = range(1, len(VOCABULARY) + 1)
+    number[0] = -1                              # padding
+    text = ''.join(f'{line}\n'.ljust(LINE + 1, '\0') for line in lines)
+    numbers = number[np.frombuffer(text.encode('ascii'), np.uint8)].reshape(-1, LINE + 1)
+    x, y = torch.from_numpy(numbers).split(LINE, 1)[0], torch.from_numpy(numbers[:, 1:])
+    return TensorDataset(x.masked_fill(y < 0, -1), y.masked_fill(y < 0, -100))
+
 #################################### Synthetic digits ####################################
 
 # Pen strokes through points "xy" on a grid 5 wide and 7 high, y downwards.
@@ -274,6 +397,10 @@ def iid(n_k, seed=0):
     """Shuffled, then dealt out: {k: n_k[k] indices} (Section 3, "IID")."""
     order = rng(seed, 'partition').permutation(n_k.sum())
     return dict(enumerate(np.split(order, n_k.cumsum()[:-1])))
+
+def in_order(n_k):
+    """The examples in their own order: {k: n_k[k] indices}."""
+    return dict(enumerate(np.split(np.arange(n_k.sum()), n_k.cumsum()[:-1])))
 
 def shards(labels, n_k, seed=0):
     """Sorted by label, cut into 2K shards, two for each client (Section 3, "Non-IID"): {k: n_k[k]

@@ -9,6 +9,7 @@ import copy
 import csv
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -75,6 +76,45 @@ def write_cifar(root, monkeypatch):
     monkeypatch.setattr(kind, 'test_list', [batch('test_batch')])
     name, md5 = write('batches.meta', {'label_names': [str(i) for i in range(10)]})
     monkeypatch.setattr(kind, 'meta', {'filename': name, 'key': 'label_names', 'md5': md5})
+
+PLAY = """	HAMLET
+
+GHOST	a ghost, of the cast.
+	PROLOGUE
+	Two lines
+	are mine.
+ACT I
+	HAMLET
+SCENE I	A room
+	with a chair.
+GHOST	Mark me! [Aside
+	to nobody]
+DON
+PEDRO	One [Sings]  two,
+	|  three.
+SINGLE	A role of one line.
+	[Exeunt without an end
+
+GHOST	List, list!
+	[He lists] O, list!
+DON
+PEDRO:	Four.
+"""
+
+def write_plays(root, monkeypatch):
+    """PLAY and a play of seven more roles, and the program told of them."""
+    drawn, draw = ['ACT I'], np.random.default_rng(0)
+    for i in range(70):
+        words = ' '.join(draw.choice(['to', 'be', 'or', 'not'], draw.integers(1, 12)))
+        drawn.append(f'ROLE {"ABCDEFG"[i % 7]}\t{words}')
+    (root / 'shakespeare').mkdir()
+    for name, text in (('hamlet', PLAY), ('othello', '\n'.join(drawn))):
+        (root / f'shakespeare/{name}.txt').write_text(text)
+    monkeypatch.setattr(sampling, 'PLAYS', {
+        name: hashlib.sha256((root / f'shakespeare/{name}.txt').read_bytes()).hexdigest()[:16]
+        for name in ('hamlet', 'othello')})
+    monkeypatch.setattr(options, 'ROLES', 10)
+    return str(root)
 
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
@@ -416,6 +456,25 @@ def test_parameter_counts(name, channels, count):
     assert sum(p.numel() for p in net.parameters()) == count
     assert net(torch.randn(2, channels, side, side)).shape == (2, 10)
 
+def test_the_lstm_predicts_each_next_character_whatever_the_padding():
+    net = models.build(SimpleNamespace(model='lstm', num_classes=75))
+    assert sum(p.numel() for p in net.parameters()) == 818595
+    x = torch.tensor([[5, 6, 7, 8], [9, 1, -1, -1]])
+    y = torch.tensor([[6, 7, 8, 1], [1, 2, -100, -100]])
+    logits = net(x)
+    assert logits.shape == (2, 75, 4)
+    short = net(x[1:, :2])
+    torch.testing.assert_close(logits[1:, :, :2], short)
+    wide = [F.pad(x, (0, 9), value=-1), F.pad(y, (0, 9), value=-100)]
+    assert torch.equal(net(wide[0])[..., :4], logits)
+    every = torch.cat([logits[0].T, short[0].T])                        # (6, 75)
+    loss, right = F.cross_entropy(every, y[y >= 0]), every.argmax(1) == y[y >= 0]
+    for bs in (1, 2):
+        assert fedavg.evaluate(net, *wide, bs) == pytest.approx(
+            (loss.item(), right.double().mean().item()), rel=1e-5)
+    y[0] = every[:4].argmax(1)
+    assert fedavg.evaluate(net, x, y, 2)[1] >= 4 / 6
+
 def test_a_net_that_is_not_known_is_refused():
     for more in (dict(model='resnet', num_channels=1), dict(model='2nn', num_channels=2)):
         with pytest.raises(KeyError):
@@ -541,6 +600,50 @@ def test_small_files_of_each_format_load_standardised(tmp_path, monkeypatch):
         history = fedavg.main([*words.split(), '--data_dir', str(tmp_path)])
         assert math.isfinite(history[0]['test_loss'])
 
+def test_a_client_of_shakespeare_is_a_role_whose_last_lines_are_for_testing(tmp_path, monkeypatch):
+    train, test, n_k = sampling.shakespeare(write_plays(tmp_path, monkeypatch))
+    assert n_k.tolist() == [1, 2, 2] + [8] * 7
+    def lines(dataset):
+        return [[''.join(f'?{sampling.VOCABULARY}'[c] for c in v[v >= 0]) for v in example]
+                for example in dataset]
+    assert lines(train)[:5] == [['Two lines', 'wo lines\n'], ['Mark me!', 'ark me!\n'],
+                                ['List, list!', 'ist, list!\n'], ['One two,', 'ne two,\n'],
+                                ['three.', 'hree.\n']]
+    assert len(test) == 3 + 7 * 2 and all(line in lines(test) for line in (
+        ['are mine.', 're mine.\n'], ['O, list!', ', list!\n'], ['Four.', 'our.\n']))
+    x, y = train.tensors
+    assert x.shape == y.shape == (61, 64) and x[0, 9:].eq(-1).all() and y[0, 9:].eq(-100).all()
+
+@pytest.mark.parametrize('iid', [0, 1])
+def test_the_lines_of_shakespeare_train(tmp_path, monkeypatch, iid):
+    words = f'--dataset shakespeare --model lstm --iid {iid} --local_bs 5 --lr 1 --frac 1 --gpu -1'
+    folder = write_plays(tmp_path, monkeypatch)
+    history = fedavg.main([*words.split(), '--epochs', '6', '--data_dir', folder])
+    losses = [row['test_loss'] for row in history]
+    assert losses[-1] < 0.8 * losses[0] and history[-1]['clients'] == 10
+    train, _, parts, n_k = sampling.holdings(
+        SimpleNamespace(dataset='shakespeare', data_dir=folder, iid=iid, seed=1), 10)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(61))
+    assert [len(parts[k]) for k in range(10)] == n_k.tolist()
+    assert (n_k.max() - n_k.min() <= 1) == iid
+
+def test_plays_that_are_damaged_or_missing_are_named_and_fetched_files_checked(
+        tmp_path, monkeypatch, refused):
+    folder = write_plays(tmp_path, monkeypatch)
+    words = ['--dataset', 'shakespeare', '--model', 'lstm', '--data_dir', folder]
+    path = tmp_path / 'shakespeare/othello.txt'
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], b'', b'ACT I\n'):
+        path.write_bytes(damaged)
+        assert 'othello.txt is truncated' in refused(words)
+    path.unlink()
+    with pytest.raises(OSError, match='lacks othello.txt'):
+        sampling.load('shakespeare', folder, download=False)
+    monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: io.BytesIO(b'<html>'))
+    assert 'othello.txt is truncated' in refused(words) and not path.exists()
+    monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: io.BytesIO(whole))
+    assert len(sampling.load('shakespeare', folder)[0]) == 61 and path.read_bytes() == whole
+
 @pytest.mark.parametrize('file, damage', [
     ('train-images-idx3-ubyte', lambda b: b[:-1]), ('train-labels-idx1-ubyte', lambda b: b''),
     ('t10k-images-idx3-ubyte', lambda b: b'junk' + b[4:]),
@@ -562,13 +665,14 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, monkeypatch):
         sampling.load('cifar', tmp_path)
 
 @pytest.mark.parametrize('name, first', [
-    ('mnist', 'train-images-idx3-ubyte'), ('cifar', 'data_batch_1')])
+    ('mnist', 'train-images-idx3-ubyte'), ('cifar', 'data_batch_1'),
+    ('shakespeare --model lstm', '1kinghenryiv.txt')])
 def test_missing_files_without_a_network_name_the_folder_and_both_ways_out(
         name, first, tmp_path, monkeypatch, refused):
     def offline(*_, **__):
         raise urllib.error.URLError('no network')
     monkeypatch.setattr(urllib.request, 'urlopen', offline)
-    line = refused(['--dataset', name, '--data_dir', f'{tmp_path}/no/such'])
+    line = refused(['--dataset', *name.split(), '--data_dir', f'{tmp_path}/no/such'])
     assert all(word in line for word in (
         str(tmp_path), first, '--data_dir', '--dataset synthetic', 'no network'))
     assert not list(tmp_path.iterdir())
@@ -631,7 +735,9 @@ REFUSED = """
 --alpha 1: --iid 0; --model resnet: paper_cnn; --dataset imagenet: synthetic;
 --num_channels 3: mnist has 1; --num_classes 7: 10; --fracs 1: did you mean --frac?;
 --rounds 5: did you mean --epochs?; --num_clients 5: did you mean --num_users?;
---data-dir x: did you mean --data_dir?; --learning_rate 1: did you mean --lr?; --xyzzy 1: --help"""
+--model lstm: 2nn; --dataset shakespeare: lstm; --dataset shakespeare --model lstm --alpha 1: 1242;
+--dataset shakespeare --model lstm --num_users 100: 1242; --unequal 1 --dataset shakespeare --model
+lstm: --unequal; --data-dir x: did you mean --data_dir?; --learning_rate 1: did you mean --lr?; --xyzzy 1: --help"""
 
 @pytest.mark.parametrize('case', [*REFUSED.split(';'), f'--seed {"9" * 5000}: --seed'])
 def test_senseless_values_end_in_one_line_before_any_data_are_read(refused, monkeypatch, case):

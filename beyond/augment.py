@@ -25,7 +25,9 @@ def flags(add):
     add('balance', 0, bool, '1: small clients and their rare labels get augmented copies; n_k, '
         'their weight in the average, stays')
 
-CLASHES = (('balance', 'dp example', 'as a copy shows an example twice'),)
+CLASHES = (('balance', 'dp example', 'as a copy shows an example twice'),
+           ('balance', 'dataset shakespeare', 'whose lines have no label'),
+           ('augment', 'dataset shakespeare', 'which has no images'))
 
 def as_in_the_paper(args):
     """Whether images are those of the TensorFlow tutorial, the paper's for CIFAR-10."""

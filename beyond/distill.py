@@ -30,7 +30,8 @@ def flags(add):
     add('temperature', None, number(float, 0, 1e3, above=True),
         "T, with --teacher: both nets' logits are divided by it; 2 if not given")
 
-CLASHES = (('teacher', 'dp', 'whose epsilon does not know what the teacher has seen'),)
+CLASHES = (('teacher', 'dp', 'whose epsilon does not know what the teacher has seen'),
+           ('teacher', 'dataset shakespeare', 'whose examples have a label for each character'))
 
 def check(args):
     """The teacher is a file. Fills in the defaults."""

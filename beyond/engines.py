@@ -28,6 +28,9 @@ def flags(add):
     add('compile', 0, bool,
         '1: torch.compile the stacked step; takes from seconds to a minute at the start')
 
+CLASHES = (('engine stacked', 'dataset shakespeare', 'whose net vmap does not take'),
+           ('compile', 'dataset shakespeare', 'whose net vmap does not take'))
+
 def check(args):
     """Only a stack is compiled."""
     if args.compile and args.engine == 'loop':
@@ -37,7 +40,7 @@ def wanted(args):
     """Whether the flags ask for stacks; --engine auto takes what was measured to be faster
     (results/README.md, "Speed"): on a CPU, vmap's grouped convolutions are slow."""
     slow = args.model == 'paper_cnn' or (args.model == 'cnn' and args.local_bs > 20)
-    slow = slow and args.device.type == 'cpu'
+    slow = slow and args.device.type == 'cpu' or args.dataset == 'shakespeare'
     return args.compile or args.engine == 'stacked' or (args.engine == 'auto' and not slow)
 
 ############################### What a stack cannot train ###############################
@@ -74,6 +77,8 @@ def unstackable(Client, Server, net):
     if not all(p.requires_grad for p in net.parameters()):
         return f'{type(net).__name__} has frozen parameters'
     for name, module in net.named_modules():
+        if isinstance(module, torch.nn.RNNBase):
+            return f'vmap does not take {name}, a {type(module).__name__}'
         norm = isinstance(module, torch.nn.modules.batchnorm._NormBase)
         if norm or list(module.buffers(recurse=False)):     # vmap cannot update them
             return f'{name or type(net).__name__} keeps running statistics or other buffers'

@@ -27,7 +27,8 @@ def flags(add):
 
 FREE = {'personal', 'personal_ep', 'mix'}
 
-CLASHES = (('prune', 'personal layers', 'which the server could not prune'),)
+CLASHES = (('prune', 'personal layers', 'which the server could not prune'),
+           ('personal', 'dataset shakespeare', 'whose lines have no label to report on'))
 
 def check(args):
     """Layers have names. Fills in the defaults."""

@@ -41,6 +41,11 @@ def flags(add):
     add('delta', None, number(float, 0, 0.9999, above=True), 'with --dp user: at most 1/K, K^-1.1 '
         'if not given; with --dp example the same of the largest n_k')
 
+CLASHES = (('dp example', 'engine stacked', 'which does not know the gradient of each example'),
+           ('dp example', 'compile', 'whose stacks do not know the gradient of each example'),
+           ('dp example', 'model lstm', 'for which torch has no gradient of each example'),
+           ('range', 'dp user', 'whose range is --clip'))
+
 def check(args):
     """What is clipped has noise, and what has noise is clipped."""
     requires(args, '--dp user or --dp example', ('clip', 'noise', 'epsilon', 'delta'), args.dp)
@@ -50,14 +55,9 @@ def check(args):
         fail(f'--dp {args.dp}: give either --noise z or --epsilon')
     if args.dp == 'user' and not args.frac:
         fail('--dp user: a client is sampled with probability --frac; give one above 0')
-    if args.dp == 'user' and args.range is not None:
-        fail(f'--range {args.range}: with --dp user it is --clip; leave it out')
     if args.dp == 'user' and args.secagg and args.deadline:
         fail(f'--deadline {args.deadline:g}: with --dp user and --secagg, what one client holds '
              'would decide whether there is a sum; leave one of them out')
-    if args.dp == 'example' and (args.engine == 'stacked' or args.compile):
-        fail('--dp example: each example has its own gradient, which the stacked engine does not '
-             'know; leave out --engine and --compile')
 
 class Accounted(Room):
     """Knows what the rounds cost, finds the noise for --epsilon, and stops when that is spent.

@@ -28,6 +28,8 @@ def flags(add):
     add('silo', 0, bool, '1: every process that torchrun starts is one client with its own '
         '--data_dir, in which {rank} is its number; K is the number of processes')
 
+CLASHES = (('silo', 'dataset shakespeare', 'whose clients are the roles of its plays'),)
+
 def check(args):
     """Each silo has its own data. Fills its number into --data_dir."""
     torchrun = 'TORCHELASTIC_RUN_ID' in os.environ

@@ -27,6 +27,7 @@ def flags(add):
 
 CLASHES = (('widths', 'secagg', 'which adds up values that all clients have'),
            ('widths', 'dp user', 'whose noise is for sums over all clients'),
+           ('widths', 'model lstm', 'which has no narrower form'),
            ('widths', 'cut', 'which gives the hidden layers to the server'),
            ('widths', 'personal', 'whose report is of whole models'))
 
