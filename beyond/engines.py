@@ -84,6 +84,19 @@ def unstackable(Client, Server, net):
             return f'{name or type(net).__name__} keeps running statistics or other buffers'
     return None
 
+@torch.no_grad()
+def memory(net, x, B):
+    """An estimate of the bytes that a client needs in a stack, with batches of B examples like x,
+    (1, ...): 16 a weight, for it, its start, gradient and momentum; 16 a value that a layer gives,
+    for it, what functions make of it, and their gradients; the batch itself."""
+    net, values = copy.deepcopy(net).eval(), []
+    for layer in net.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda _, __, out: values.append(out.numel()))
+    net(x)
+    weights = sum(p.numel() for p in net.parameters())
+    return 16 * weights + B * (16 * sum(values) + x.element_size() * x.numel())
+
 ##################################### The server's side ######################################
 
 class Stacked(Room):
@@ -124,12 +137,12 @@ class Stacked(Room):
                  'example, or leave stacks = True out', everyone=True)
 
     def stack_size(self, net, B):
-        """How many clients a stack has: on a CPU what fits its caches, on a GPU what 2 GiB hold at
-        16 bytes a weight and 1 MiB an example; all stacks of a round are of like size."""
+        """How many clients a stack has: on a CPU what fits its caches, on a GPU what half of its
+        free memory holds; all stacks of a round are of like size."""
         size = 2 if self.args.compile else 10
         if self.args.device.type == 'cuda':
-            weights = sum(p.numel() for p in net.parameters())
-            size = max(1, 2**31 // (16 * weights + B * 2**20))
+            free, _ = torch.cuda.mem_get_info(self.args.device)
+            size = max(1, free // 2 // memory(net, self.train_set.tensors[0][:1], B))
         m = max(round(self.args.frac * self.K), 1)
         m = math.ceil(m / self.size / len(self.nets()))
         return math.ceil(m / math.ceil(m / size))

@@ -18,7 +18,8 @@ def flags(add):
     add('bf16', 0, bool, '1: clients train in bfloat16 by autocast, which is faster on GPUs and, '
         'for paper_cnn, on CPUs that have instructions for it; on others slower')
 
-CLASHES = (('bf16', 'cut', 'whose halves exchange fp32'),)
+CLASHES = (('bf16', 'cut', 'whose halves exchange fp32'),
+           ('bf16', 'model lstm', 'which torch can do in fp32 alone on many CPUs'))
 
 def check(args):
     """AdamW has a momentum of its own."""
@@ -41,7 +42,8 @@ class AdamW:
     stacks = True
 
     def optimizer(self, parameters, lr):
-        return torch.optim.AdamW(parameters, lr=lr)
+        cuda = parameters[0].is_cuda        # a CUDA graph needs the count of steps on the device
+        return torch.optim.AdamW(parameters, lr=lr, capturable=cuda)
 
 class Bf16:
     """Mixed precision (torch.autocast): the net computes in bfloat16 where that is safe."""

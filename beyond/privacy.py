@@ -277,7 +277,7 @@ class PrivateClient:
             grads, losses = gradients(at, x, y)
             norms = sum(g.flatten(1).double().square().sum(1) for g in grads.values()).sqrt()
             scale = (self.args.clip / norms.clamp(min=self.args.clip)).nan_to_num(0).to(x.dtype)
-            finite = norms.isfinite().all()                             # norms, scale: (64,)
+            finite = bool(norms.isfinite().all())                       # norms, scale: (64,)
             for name, g in grads.items():
                 total[name] += torch.tensordot(scale, g if finite else g.nan_to_num(0, 0, 0), 1)
             loss += losses.detach().sum()

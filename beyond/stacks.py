@@ -50,7 +50,8 @@ class Stack:
         for s in range(steps[0]):
             self.narrow(sum(n > s for n in steps))
             m = len(self.w[0])
-            total[:m] += self.step(x, y, index[s, :m], weight[s, :m])
+            at = index[s, :m]
+            total[:m] += self.step(x[at], y[at], weight[s, :m])     # a graph would copy all of x
             for i, n in enumerate(steps):
                 if n == s + 1:
                     w[i] = {name: v[i].detach().clone() for name, v in zip(self.names, self.w)}
@@ -77,12 +78,11 @@ class Stack:
         group['params'] = self.w
 
     @torch.no_grad()
-    def step(self, x, y, index, weight):
-        """One optimizer step of every client on the examples at index, (m, B); the sums of their
-        losses before it, (m,)."""
-        images = x[index].flatten(0, 1)                                         # (m B, 1, 28, 28)
-        images = self.client.transform(images).unflatten(0, index.shape)
-        grads, losses = self.gradients(images, y[index], weight)
+    def step(self, x, y, weight):
+        """One optimizer step of every client on the examples x, (m, B, ...), y, (m, B); the sums of
+        their losses before it, (m,)."""
+        x = self.client.transform(x.flatten(0, 1)).unflatten(0, weight.shape)
+        grads, losses = self.gradients(x, y, weight)
         for v, g in zip(self.w, grads):
             v.grad = g
         self.client.adjust(self.w, self.start)
@@ -136,10 +136,10 @@ class CompiledStack(Stack):
     def compile(self, x, y):
         """Compiles the step and says how long it took; exits with one line if it cannot."""
         began = time.perf_counter()
-        index = torch.zeros(self.size, self.B, dtype=torch.int64, device=x.device)
+        at = torch.zeros(self.size, self.B, dtype=torch.int64, device=x.device)
         torch._logging.set_logs(dynamo=logging.ERROR)
         try:
-            self.step(x, y, index, index.float())
+            self.step(x[at], y[at], at.float())
         except Exception as e:      # whatever torch.compile and the C++ compiler raise
             reason = str(getattr(e, 'inner_exception', e)).strip().splitlines()[0]
             fail(f'--compile 1: torch.compile does not work here ({reason}); leave the flag out',

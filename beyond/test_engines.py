@@ -4,18 +4,21 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import beyond
 import fedavg
+import models
 import options
 import sampling
-from beyond.engines import fingerprint, unstackable
+from beyond.engines import Stacked, fingerprint, memory, unstackable
 from beyond.local import AdamW, Proximal
 from beyond.stacks import Stack
 from test_fedavg import (HERE, client_args, data, final, image_toy, near, refused,      # noqa: F401
@@ -86,15 +89,25 @@ def test_clients_do_the_steps_that_fit_in_both_engines():
 def test_a_stack_is_never_larger_than_its_size(monkeypatch):
     dataset, net = image_toy('2nn')
     sizes, step = [], Stack.step
-    def watched(self, x, y, index, weight):
-        sizes.append(len(index))
-        return step(self, x, y, index, weight)
+    def watched(self, x, y, weight):
+        sizes.append(len(weight))
+        return step(self, x, y, weight)
     monkeypatch.setattr(Stack, 'step', watched)
     both(net, dataset, dealt(dataset.tensors[1], 10))
     assert sizes == [4, 4, 2]
     sizes.clear()       # clients that are done leave: 3, 2 and 1 batches of 10
     both(net, dataset, {0: np.arange(10), 1: np.arange(30), 2: np.arange(20)})
     assert sizes == [3, 2, 1]
+
+def test_a_stack_on_a_gpu_is_as_large_as_half_of_its_free_memory(monkeypatch):
+    net, x = models.TwoNN(784, 200, 10), torch.zeros(5, 1, 28, 28)
+    need = 16 * 199210 + 600 * (16 * 410 + 4 * 784)         # B = 600; layers of 200, 200 and 10
+    assert memory(net, x[:1], 600) == need
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (2 * 30 * need + 2, 0))
+    stacked = SimpleNamespace(size=1, K=100, nets=lambda: [net], train_set=TensorDataset(x))
+    for C, compiled, size in ((1.0, 0, 25), (1.0, 1, 25), (0.3, 0, 30), (0.01, 0, 1)):
+        stacked.args = SimpleNamespace(compile=compiled, frac=C, device=torch.device('cuda', 0))
+        assert Stacked.stack_size(stacked, net, 600) == size
 
 def test_stacked_clients_have_dropout_of_their_own(monkeypatch):
     dataset, net = image_toy('mlp', 30)

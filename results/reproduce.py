@@ -6,7 +6,7 @@ results/reproduce.csv; goes on where it was stopped. Curves of seed 0 go into re
     python results/reproduce.py --show                              # what has been run, as Markdown
     python results/reproduce.py --figure                            # results/rounds.png
 
-A cell's eta is the one of a grid with resolution 10^(1/3) that took the fewest rounds on seed 7, in
+A cell's eta is the one of a grid with resolution 10^(1/3) (lstm: 10^(1/6)) that took the fewest rounds on seed 7, in
 results/eta.csv; where that has none it is searched for first. A run that takes more than 1.5 times
 the paper's rounds is a miss (more than 1500 where the paper has a dash); its rounds are blank, as
 those of a run that diverges and, in eta.csv, of one that is no better than the best before it. The
@@ -27,7 +27,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 GRID = [round(10 ** (i / 3), 4) for i in range(-6, 1)]      # 0.01, 0.0215, 0.0464, 0.1, ..., 1
+FINE = [round(10 ** (i / 6), 4) for i in range(-2, 7)]      # lstm: 0.4642, 0.6813, 1, ..., 10
 START = {'10': 0.1, '50': 0.2154, 'inf': 0.4642}            # where the search enters the grid
+FINE_START = 1.4678
 UNKNOWN = 1000                                              # rounds, where the paper has a dash
 SEED = 7                                                    # of the grid; never reported
 ROWS = ('table', 'cell', 'flags', 'lr', 'seed', 'rounds', 'seconds', 'machine', 'paper')
@@ -42,6 +44,8 @@ NN1 = {0.0: (1455, 316, 4278, 3275), 0.1: (1474, 87, 1796, 664), 0.2: (1658, 77,
 CNN2 = {(1, 'inf'): (626, 483), (5, 'inf'): (179, 1000), (1, 50): (65, 600),
         (20, 'inf'): (234, 672), (1, 10): (34, 350), (5, 50): (29, 334), (20, 50): (32, 426),
         (5, 10): (20, 229), (20, 10): (18, 173)}
+LSTM2 = {(1, 'inf'): (2488, 3906), (1, 50): (1635, 549), (5, 'inf'): (613, 597),
+         (1, 10): (460, 164), (5, 50): (401, 152), (5, 10): (192, 41)}
 NN4 = {(1, 'inf'): (1468, 1817), (10, 'inf'): (156, 1100), (1, 50): (144, 1183),
        (20, 'inf'): (92, 957), (1, 10): (92, 831), (10, 50): (45, 881), (20, 50): (39, 835),
        (10, 10): (34, 497), (20, 10): (32, 738)}
@@ -57,21 +61,26 @@ def cells():
             for (iid, B), paper in zip(columns, rounds):
                 words = f'{flags(model, C, E, B)} --iid {iid} --target {target}'
                 found[1, f'{model},C={C},B={B},iid={iid}'] = words, paper
-    for table, model, target, of in ((2, 'paper_cnn', 0.99, CNN2), (4, '2nn', 0.97, NN4)):
+    for table, model, target, of in ((2, 'paper_cnn', 0.99, CNN2), (2, 'lstm', 0.54, LSTM2),
+                                     (4, '2nn', 0.97, NN4)):
         for (E, B), rounds in of.items():
             for iid, paper in zip((1, 0), rounds):
                 words = f'{flags(model, 0.1, E, B)} --iid {iid} --target {target}'
-                found[table, f'E={E},B={B},iid={iid}'] = words, paper
+                name = 'lstm,' * (model == 'lstm') + f'E={E},B={B},iid={iid}'
+                found[table, name] = words, paper
     return found
 
 def flags(model, C, E, B):
     """The flags of a cell, but for its partition and target."""
-    return f'--model {model} --frac {C} --local_ep {E} --local_bs {B}'
+    data = '--dataset shakespeare ' * (model == 'lstm')
+    return f'{data}--model {model} --frac {C} --local_ep {E} --local_bs {B}'
 
 def cost(words):
     """A guess at the milliseconds of a round: the local steps of m clients, which cost more the
     larger B is, and the evaluation."""
-    model, C, E, B, *_ = words.split()[1::2]
+    model, C, E, B, *_ = setting(words).split()[::2]
+    if model == 'lstm':
+        return 10_000 + 12_000 * float(E)
     B, m = min(float(B), 600), max(round(float(C) * 100), 1)
     step = 0.25 + 0.0125 * B if model == '2nn' else 2 + 0.85 * B
     return m * float(E) * 600 / B * step + (100 if model == '2nn' else 3000)
@@ -92,9 +101,9 @@ def run(words, lr, seed, rounds, data_dir):
     words = f'{words} --lr {lr} --seed {seed}'
     checkpoint = HERE / (words.replace('--', '').replace(' ', '_') + '.pt')
     began = time.time()
-    argv = f'{words} --epochs {rounds} --save_every 10 --data_dir {data_dir}'.split()
-    argv += ['--processes', '1', '--checkpoint', str(checkpoint)]
-    argv += ['--resume'] * checkpoint.exists()
+    pace = '' if '--model lstm' in words else '--save_every 10 --processes 1'
+    argv = f'{words} --epochs {rounds} {pace} --data_dir {data_dir}'.split()
+    argv += ['--checkpoint', str(checkpoint)] + ['--resume'] * checkpoint.exists()
     try:
         history = fedavg.main(argv)
     except SystemExit as e:
@@ -142,28 +151,30 @@ def search(table, cell, words, paper, data_dir):
     long as the rounds become fewer. None if no eta reaches the target."""
     names = 'local_ep', 'local_bs', 'iid'
     E, B, iid = (words.split(f'--{name} ')[1].split()[0] for name in names)
-    done = tried(words)
+    done, fine = tried(words), '--model lstm' in words
+    grid = FINE if fine else GRID
     # Clients that drift apart mostly bear smaller steps.
-    at = GRID.index(min(done, key=done.get)) if done else (
+    start = FINE.index(FINE_START) if fine else (
         GRID.index(START[B]) - (E != '1' and iid == '0'))
+    at = grid.index(min(done, key=done.get)) if done else start
     def rounds(i):
-        if GRID[i] not in done:
+        if grid[i] not in done:
             limits = [math.ceil(v) for v in done.values() if v < math.inf]
             most = min([math.ceil(1.5 * (paper or UNKNOWN)), *limits])
-            reached, seconds, _ = run(words, GRID[i], SEED, most, data_dir)
-            row = table, cell, words, GRID[i], SEED, reached, seconds, machine(), paper
+            reached, seconds, _ = run(words, grid[i], SEED, most, data_dir)
+            row = table, cell, words, grid[i], SEED, reached, seconds, machine(), paper
             write('eta.csv', row)
-            done[GRID[i]] = float(reached or 'inf')
-        return done[GRID[i]]
+            done[grid[i]] = float(reached or 'inf')
+        return done[grid[i]]
     best = at
     rounds(at)
     for step in (-1, 1):
         i = at + step
-        while 0 <= i < len(GRID) and (rounds(i) < rounds(best) or rounds(best) == math.inf):
+        while 0 <= i < len(grid) and (rounds(i) < rounds(best) or rounds(best) == math.inf):
             best, i = i, i + step
         if rounds(best) < rounds(at):
             break
-    return GRID[best] if rounds(best) < math.inf else None
+    return grid[best] if rounds(best) < math.inf else None
 
 ################################## Tables and the figure ##################################
 
@@ -188,7 +199,7 @@ def columns(table):
 
 def head(table, model):
     """A table's first two lines."""
-    net = '2NN' if model == '2nn' or table == 4 else 'CNN'
+    net = {'lstm': 'char-LSTM'}.get(model, '2NN' if model == '2nn' or table == 4 else 'CNN')
     rest = ('E=1' if model == '2nn' else 'E=5') if table == 1 else 'C=0.1'
     heads = [('IID' if at['iid'] else 'non-IID') + (f', B={at["B"]}'.replace('inf', '∞')
              if 'B' in at else '') for at in columns(table)]
@@ -199,7 +210,7 @@ def tables():
     """What has been run, as Markdown: a table for each of the paper's and each net, the paper's
     rounds beside ours."""
     ran, found = read('reproduce.csv'), cells()
-    for table, model in ((1, '2nn'), (1, 'paper_cnn'), (2, ''), (4, '')):
+    for table, model in ((1, '2nn'), (1, 'paper_cnn'), (2, 'E'), (2, 'lstm'), (4, '')):
         names = [cell for t, cell in found if t == table and cell.startswith(model)]
         groups = dict.fromkeys(name.rsplit(',', 2 if table == 1 else 1)[0] for name in names)
         print(head(table, model))
