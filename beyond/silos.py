@@ -129,6 +129,9 @@ class Silos(Torchrun):
             return
         for rank in range(1, self.size):
             while head := receive(rank):
+                if len(head) != MESSAGE.size:
+                    raise self.Stop(f'silo {rank} has sent what is no update; give all silos the '
+                                    'same version of this program', 1)
                 _, loss = MESSAGE.unpack(head)
                 yield self.Update(rank, receive(rank), self.weight(rank), loss)
 
