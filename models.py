@@ -1,9 +1,10 @@
 """The nets of the paper, and those of the layout that this project mirrors.
 
-TwoNN, PaperCNNMnist and PaperCNNCifar are the nets of McMahan et al. 2017, Section 3: its "2NN",
-its MNIST CNN and, for CIFAR-10, the TensorFlow tutorial's, CharLSTM that for Shakespeare. MLP, CNNMnist and CNNCifar have the
-layers and state_dict keys of the paper's popular PyTorch code. All take images (B, channels,
-height, width) and return logits (B, classes). This file needs torch alone.
+TwoNN, PaperCNNMnist, PaperCNNCifar and CharLSTM are the nets of McMahan et al. 2017, Section 3: its
+"2NN", its MNIST CNN, for CIFAR-10 the TensorFlow tutorial's, and its net for Shakespeare. MLP,
+CNNMnist and CNNCifar have the layers and state_dict keys of the paper's popular PyTorch code. All
+but CharLSTM take images (B, channels, height, width) and return logits (B, classes). This file
+needs torch alone.
 
     net = MLP(784, 200, 10)
 """
@@ -18,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 def build(args):
-    """The net that args.model names ('2nn', 'paper_cnn', 'mlp', 'cnn', or 'module:Class', which is
-    called with args) for args.num_classes and images of args.shape, or, if it has none, of 28x28
-    or 32x32 pixels by args.num_channels (1 or 3).
+    """The net that args.model names ('2nn', 'paper_cnn', 'mlp', 'cnn', 'lstm', or 'module:Class',
+    which is called with args) for args.num_classes and examples of args.shape, or, if it has none,
+    images of 28x28 or 32x32 pixels by args.num_channels (1 or 3).
 
     Raises KeyError for another name or number of channels, ValueError for a net that does not take
     images of this shape, or a class that cannot be loaded.
@@ -40,7 +41,7 @@ def build(args):
     return nets[shape[0] == 3](args)
 
 def imported(args):
-    """A net of the user's own class, which gives logits for two blank images."""
+    """A net of the user's own class, which gives logits for two blank examples."""
     module, _, name = args.model.partition(':')
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -49,12 +50,14 @@ def imported(args):
         tried = isinstance(net, nn.Module) and copy.deepcopy(net).eval()
         text = getattr(args, 'dataset', None) == 'shakespeare'
         blank = torch.zeros(2, *args.shape, dtype=torch.int64 if text else torch.float32)
+        if text:
+            blank[:, 1:] = -1       # a line of one character
         logits = tried and tried(blank)
     except (Exception, SystemExit) as e:        # whatever a class of the user's raises
         reason = (str(e) or 'no reason given').splitlines()[0]
         raise ValueError(f'--model {args.model}: {type(e).__name__}: {reason}; it has to be a '
                          'class that can be imported from here, takes the flags and gives an '
-                         f'nn.Module for images of shape {tuple(args.shape)}') from e
+                         f'nn.Module for examples of shape {tuple(args.shape)}') from e
     if not tried or not any(p.requires_grad for p in net.parameters()):
         raise ValueError(f'--model {args.model}: gives a {type(net).__name__}, not an nn.Module '
                          'with parameters to train')
@@ -142,9 +145,10 @@ class PaperCNNCifar(Net):
         'fc3': lambda net, x: net.fc3(x)}                               # (B, 10)
 
 class CharLSTM(nn.Module):
-    """The paper's Shakespeare net: an embedding of 8, two LSTM layers of 256, and for each character
-    the logits of the next. x (B, T): numbers of characters, -1 after the end of a line; it gives
-    (B, num_classes, T). Of args: num_classes.
+    """The paper's Shakespeare net: an embedding of 8, two LSTM layers of 256, and, for each
+    character, the logits of the next. Of args: num_classes.
+
+    x (B, T): numbers of characters, -1 after the end of a line. It gives (B, num_classes, T).
 
     818,595 parameters for 75 classes. The paper has 866,578 and does not state its vocabulary: 256
     symbols would make 866,560.

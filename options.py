@@ -18,7 +18,7 @@ import time
 
 # Training examples, channels and classes, which --num_users and the like are checked against.
 DATASETS = {'mnist': (60000, 1, 10), 'fmnist': (60000, 1, 10), 'cifar': (50000, 3, 10),
-            'synthetic': (60000, 1, 10), 'shakespeare': (85577, None, 75)}
+            'synthetic': (60000, 1, 10), 'shakespeare': (85538, None, 75)}
 ROLES = 1242        # of Shakespeare's plays: the clients
 MODELS = '2nn', 'paper_cnn', 'mlp', 'cnn', 'lstm'
 # What other projects call a flag of this one.
@@ -219,7 +219,8 @@ def flags(add):
     add('dataset', 'mnist', choice(*DATASETS),
         'mnist, fmnist, cifar, shakespeare, or synthetic, which needs no download; or '
         'module:function, which is called with --data_dir and returns training and test set')
-    add('data_dir', './data', str, "torchvision's root folder; missing files are downloaded")
+    add('data_dir', './data', str, "torchvision's root folder, and that of shakespeare/; missing "
+        'files are downloaded')
     add('num_channels', None, number(int, 1), "the images' channels; known from the data")
     add('num_classes', None, number(int, 1), "the labels' classes; known from the data")
     add('iid', 1, bool, '1: shuffled; 0: sorted by label, two shards for each client, or the lines '

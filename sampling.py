@@ -50,20 +50,22 @@ MEAN_STD = {'mnist': ((0.1307,), (0.3081,)), 'fmnist': ((0.2860,), (0.3530,)),
 
 def holdings(args, K):
     """(training set, test set, {k: indices into the training set}, n_k (K,)) of K clients, as
-    args.dataset, data_dir, iid, alpha, unequal and seed say. Raises what load and sizes raise."""
+    args.dataset, data_dir, iid, alpha, unequal and seed say; with iid = 0 the clients of
+    shakespeare are its roles, however many. Raises what load and sizes raise."""
     if args.dataset == 'shakespeare':
         train, test, n_k = shakespeare(args.data_dir)
-        n_k = sizes(len(train), K) if args.iid else n_k
-        parts = iid(n_k, args.seed) if args.iid else in_order(n_k)
-        return train, test, parts, n_k
+        if not args.iid:
+            return train, test, in_order(n_k), n_k
+        n_k = sizes(len(train), K)
+        return train, test, iid(n_k, args.seed), n_k
     train, test = load(args.dataset, args.data_dir, args.seed)
     labels = train.tensors[1]
     n_k = sizes(len(labels), K, args.unequal, args.seed)
     return train, test, partition(labels, n_k, args.iid, args.alpha, args.seed), n_k
 
 def shape(args):
-    """(shape of an image, its channels, number of classes) of args.dataset; a user's own is loaded
-    to find out. Raises ValueError if args.num_channels or num_classes are others."""
+    """(shape of an example, its channels, number of classes) of args.dataset; a user's own is
+    loaded to find out. Raises ValueError if args.num_channels or num_classes are others."""
     images, classes = (3, 32, 32) if args.dataset == 'cifar' else (1, 28, 28), 10
     if args.dataset == 'shakespeare':
         return (LINE,), None, len(VOCABULARY) + 1
@@ -79,7 +81,7 @@ def shape(args):
 
 def load(name, data_dir, seed=0, download=True):
     """Training and test set as two TensorDatasets: images (n, channels, h, w) float32, labels (n,)
-    int64.
+    int64; of 'shakespeare' what shakespeare() says.
 
     name: 'mnist', 'fmnist' or 'cifar', read through torchvision from data_dir (missing files are
     downloaded, if asked for) and standardised; 'synthetic', drawn from seed; or 'module:function',
@@ -255,42 +257,48 @@ def shakespeare(data_dir, download=True):
         for lines in roles.values():
             n = len(lines) - math.ceil(len(lines) / 5)
             if n:
-                train, test, n_k = train + lines[:n], test + lines[n:], n_k + [n]
+                train += lines[:n]
+                test += lines[n:]
+                n_k.append(n)
     return numbered(train), numbered(sorted(test, key=len)), np.array(n_k)
 
 def plays(data_dir, download=True):
     """The plays' texts; missing files are downloaded, if asked for."""
-    texts = []
-    for name, digits in PLAYS.items():
-        path = os.path.join(data_dir, 'shakespeare', f'{name}.txt')
-        here = os.path.exists(path)
-        text = pathlib.Path(path).read_bytes() if here else fetched(path, download)
-        if hashlib.sha256(text).hexdigest()[:16] != digits:
+    folder, texts = os.path.abspath(data_dir), []
+    paths = {name: os.path.join(folder, 'shakespeare', f'{name}.txt') for name in PLAYS}
+    missing = [name for name, path in paths.items() if not os.path.exists(path)]
+    if missing and not download:
+        raise OSError(f'{folder} lacks {", ".join(f"shakespeare/{name}.txt" for name in missing)}')
+    for name, path in paths.items():
+        if name in missing:
+            fetch(name, path)
+        text = pathlib.Path(path).read_bytes()
+        if hashlib.sha256(text).hexdigest()[:16] != PLAYS[name]:
             raise OSError(f'{path} is truncated, corrupt or another file; delete it and fetch it '
                           'again')
-        if not here:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            pathlib.Path(f'{path}.tmp').write_bytes(text)
-            os.replace(f'{path}.tmp', path)
         texts.append(text.decode('ascii'))
     return texts
 
-def fetched(path, download):
-    """The bytes of a play that is missing at this path."""
-    folder, name = os.path.split(path)
-    if not download:
-        raise OSError(f'{os.path.dirname(folder)} lacks {name}')
+def fetch(name, path):
+    """Downloads a play. Raises OSError."""
+    folder = os.path.dirname(path)
     try:
-        with urllib.request.urlopen(PLAYS_AT + name, timeout=60) as answer:
-            return answer.read()
+        with urllib.request.urlopen(f'{PLAYS_AT}{name}.txt', timeout=60) as answer:
+            text = answer.read()
     except (OSError, http.client.HTTPException) as e:
-        raise unavailable(os.path.dirname(folder), [f'shakespeare/{name}'], e, 'shakespeare') from e
+        missing = [f'shakespeare/{name}.txt']
+        raise unavailable(os.path.dirname(folder), missing, e, 'shakespeare') from e
+    if hashlib.sha256(text).hexdigest()[:16] != PLAYS[name]:
+        raise OSError(f'{PLAYS_AT}{name}.txt is another file than it was; put that of the commit '
+                      f'in its address at {path}')
+    os.makedirs(folder, exist_ok=True)
+    pathlib.Path(f'{path}.tmp').write_bytes(text)
+    os.replace(f'{path}.tmp', path)
 
 def speeches(text):
     """Yields (role, line) for each line of a play. "SPEAKER<tab>line" begins a speech and
     "<tab>line" goes on with it; what stands before the first act, headings and stage directions,
     in brackets, are not spoken. A name may fill two rows, the first without a tab."""
-    title = text.split('\n', 1)[0].strip()
     start = re.search(r'^(ACT|\t(PROLOGUE|INDUCTION))\b', text, re.MULTILINE).start()
     text = re.sub(r'\[([^]\n]|\n(?!\n))*\]?|[]|]', ' ', text[start:])     # some lack their ]
     role, half = None, ''
@@ -302,7 +310,8 @@ def speeches(text):
             role = line
         elif '\t' in row:
             role = f'{half} {name}'.strip(" :'") if name else role
-            if role and line and (name or line != title):       # the title is on each page
+            title = not name and re.fullmatch("[A-Z0-9 ',]{3,}", line)     # it is on each page
+            if role and line and not title:
                 yield role, line
         half = '' if '\t' in row else name
 

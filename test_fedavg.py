@@ -77,7 +77,8 @@ def write_cifar(root, monkeypatch):
     name, md5 = write('batches.meta', {'label_names': [str(i) for i in range(10)]})
     monkeypatch.setattr(kind, 'meta', {'filename': name, 'key': 'label_names', 'md5': md5})
 
-PLAY = """	HAMLET
+PLAY = """
+	HAMLET
 
 GHOST	a ghost, of the cast.
 	PROLOGUE
@@ -459,6 +460,8 @@ def test_parameter_counts(name, channels, count):
 def test_the_lstm_predicts_each_next_character_whatever_the_padding():
     net = models.build(SimpleNamespace(model='lstm', num_classes=75))
     assert sum(p.numel() for p in net.parameters()) == 818595
+    assert models.build(SimpleNamespace(model='models:CharLSTM', dataset='shakespeare',
+                                        shape=(64,), num_classes=75))      # as one's own
     x = torch.tensor([[5, 6, 7, 8], [9, 1, -1, -1]])
     y = torch.tensor([[6, 7, 8, 1], [1, 2, -100, -100]])
     logits = net(x)
@@ -614,6 +617,16 @@ def test_a_client_of_shakespeare_is_a_role_whose_last_lines_are_for_testing(tmp_
     x, y = train.tensors
     assert x.shape == y.shape == (61, 64) and x[0, 9:].eq(-1).all() and y[0, 9:].eq(-100).all()
 
+@pytest.mark.skipif(not os.path.isdir(f'{os.environ.get("FEDAVG_DATA")}/shakespeare'),
+                    reason='needs the plays')
+def test_the_plays_are_what_the_flags_say():
+    train, test, n_k = sampling.shakespeare(os.environ['FEDAVG_DATA'])
+    classes = len(sampling.VOCABULARY) + 1
+    assert (len(train), None, classes) == options.DATASETS['shakespeare'] and len(test) == 22006
+    assert len(n_k) == options.ROLES and n_k.sum() == len(train)
+    x = torch.cat([train.tensors[0], test.tensors[0]])
+    assert (x != 0).all() and (x[:, -1] >= 0).any()         # all known; none is cut
+
 @pytest.mark.parametrize('iid', [0, 1])
 def test_the_lines_of_shakespeare_train(tmp_path, monkeypatch, iid):
     words = f'--dataset shakespeare --model lstm --iid {iid} --local_bs 5 --lr 1 --frac 1 --gpu -1'
@@ -637,10 +650,10 @@ def test_plays_that_are_damaged_or_missing_are_named_and_fetched_files_checked(
         path.write_bytes(damaged)
         assert 'othello.txt is truncated' in refused(words)
     path.unlink()
-    with pytest.raises(OSError, match='lacks othello.txt'):
+    with pytest.raises(OSError, match='lacks shakespeare/othello.txt'):
         sampling.load('shakespeare', folder, download=False)
     monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: io.BytesIO(b'<html>'))
-    assert 'othello.txt is truncated' in refused(words) and not path.exists()
+    assert 'othello.txt is another file than it was' in refused(words) and not path.exists()
     monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: io.BytesIO(whole))
     assert len(sampling.load('shakespeare', folder)[0]) == 61 and path.read_bytes() == whole
 
@@ -737,12 +750,13 @@ REFUSED = """
 --rounds 5: did you mean --epochs?; --num_clients 5: did you mean --num_users?;
 --model lstm: 2nn; --dataset shakespeare: lstm; --dataset shakespeare --model lstm --alpha 1: 1242;
 --dataset shakespeare --model lstm --num_users 100: 1242; --unequal 1 --dataset shakespeare --model
-lstm: --unequal; --data-dir x: did you mean --data_dir?; --learning_rate 1: did you mean --lr?; --xyzzy 1: --help"""
+lstm: --unequal; --data-dir x: did you mean --data_dir?; --learning_rate 1: did you mean
+--lr?; --xyzzy 1: --help"""
 
 @pytest.mark.parametrize('case', [*REFUSED.split(';'), f'--seed {"9" * 5000}: --seed'])
 def test_senseless_values_end_in_one_line_before_any_data_are_read(refused, monkeypatch, case):
     words, said = case.strip().rsplit(': ', 1)
-    monkeypatch.setattr(sampling, 'load', lambda *_: pytest.fail('data were read'))
+    monkeypatch.setattr(sampling, 'holdings', lambda *_: pytest.fail('data were read'))
     assert said in refused(words.split())
 
 def test_gpu_is_used_where_it_is(monkeypatch, capsys):

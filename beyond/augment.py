@@ -26,7 +26,7 @@ def flags(add):
         'their weight in the average, stays')
 
 CLASHES = (('balance', 'dp example', 'as a copy shows an example twice'),
-           ('balance', 'dataset shakespeare', 'whose lines have no label'),
+           ('balance', 'dataset shakespeare', 'whose lines have no single label'),
            ('augment', 'dataset shakespeare', 'which has no images'))
 
 def as_in_the_paper(args):

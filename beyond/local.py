@@ -19,7 +19,7 @@ def flags(add):
         'for paper_cnn, on CPUs that have instructions for it; on others slower')
 
 CLASHES = (('bf16', 'cut', 'whose halves exchange fp32'),
-           ('bf16', 'model lstm', 'which torch can do in fp32 alone on many CPUs'))
+           ('bf16', 'model lstm', 'which many CPUs can train in fp32 only'))
 
 def check(args):
     """AdamW has a momentum of its own."""
@@ -42,8 +42,8 @@ class AdamW:
     stacks = True
 
     def optimizer(self, parameters, lr):
-        cuda = parameters[0].is_cuda        # a CUDA graph needs the count of steps on the device
-        return torch.optim.AdamW(parameters, lr=lr, capturable=cuda)
+        graph = torch.is_tensor(lr) and lr.is_cuda      # it has to count its steps on the device
+        return torch.optim.AdamW(parameters, lr=lr, capturable=graph)
 
 class Bf16:
     """Mixed precision (torch.autocast): the net computes in bfloat16 where that is safe."""

@@ -28,7 +28,7 @@ def flags(add):
 FREE = {'personal', 'personal_ep', 'mix'}
 
 CLASHES = (('prune', 'personal layers', 'which the server could not prune'),
-           ('personal', 'dataset shakespeare', 'whose lines have no label to report on'))
+           ('personal', 'dataset shakespeare', 'whose lines have no single label'))
 
 def check(args):
     """Layers have names. Fills in the defaults."""

@@ -8,6 +8,7 @@ a client too; its test set counts.
 """
 import os
 import struct
+import sys
 
 import numpy as np
 import torch
@@ -130,8 +131,9 @@ class Silos(Torchrun):
         for rank in range(1, self.size):
             while head := receive(rank):
                 if len(head) != MESSAGE.size:
-                    raise self.Stop(f'silo {rank} has sent what is no update; give all silos the '
-                                    'same version of this program', 1)
+                    print(f'silo {rank} has sent what is no update; give all silos the same '
+                          'version of this program', file=sys.stderr, flush=True)
+                    os._exit(1)     # at once: the others wait for another message
                 _, loss = MESSAGE.unpack(head)
                 yield self.Update(rank, receive(rank), self.weight(rank), loss)
 

@@ -6,11 +6,11 @@ results/reproduce.csv; goes on where it was stopped. Curves of seed 0 go into re
     python results/reproduce.py --show                              # what has been run, as Markdown
     python results/reproduce.py --figure                            # results/rounds.png
 
-A cell's eta is the one of a grid with resolution 10^(1/3) (lstm: 10^(1/6)) that took the fewest rounds on seed 7, in
-results/eta.csv; where that has none it is searched for first. A run that takes more than 1.5 times
-the paper's rounds is a miss (more than 1500 where the paper has a dash); its rounds are blank, as
-those of a run that diverges and, in eta.csv, of one that is no better than the best before it. The
-seconds are those since the run was last started.
+A cell's eta is the one of a grid with resolution 10^(1/3) (lstm: 10^(1/6)) that took the fewest
+rounds on seed 7, in results/eta.csv; where that has none it is searched for first. A run that takes
+more than 1.5 times the paper's rounds is a miss (more than 1500 where the paper has a dash); its
+rounds are blank, as those of a run that diverges and, in eta.csv, of one that is no better than the
+best before it. The seconds are those since the run was last started.
 """
 import argparse
 import csv
@@ -66,7 +66,7 @@ def cells():
         for (E, B), rounds in of.items():
             for iid, paper in zip((1, 0), rounds):
                 words = f'{flags(model, 0.1, E, B)} --iid {iid} --target {target}'
-                name = 'lstm,' * (model == 'lstm') + f'E={E},B={B},iid={iid}'
+                name = f'{model},' * (table == 2) + f'E={E},B={B},iid={iid}'
                 found[table, name] = words, paper
     return found
 
@@ -76,8 +76,8 @@ def flags(model, C, E, B):
     return f'{data}--model {model} --frac {C} --local_ep {E} --local_bs {B}'
 
 def cost(words):
-    """A guess at the milliseconds of a round: the local steps of m clients, which cost more the
-    larger B is, and the evaluation."""
+    """A guess at the milliseconds of a round: the local steps of m clients, which, of images, cost
+    more the larger B is, and the evaluation."""
     model, C, E, B, *_ = setting(words).split()[::2]
     if model == 'lstm':
         return 10_000 + 12_000 * float(E)
@@ -101,7 +101,7 @@ def run(words, lr, seed, rounds, data_dir):
     words = f'{words} --lr {lr} --seed {seed}'
     checkpoint = HERE / (words.replace('--', '').replace(' ', '_') + '.pt')
     began = time.time()
-    pace = '' if '--model lstm' in words else '--save_every 10 --processes 1'
+    pace = '--processes 2' if '--model lstm' in words else '--processes 1 --save_every 10'
     argv = f'{words} --epochs {rounds} {pace} --data_dir {data_dir}'.split()
     argv += ['--checkpoint', str(checkpoint)] + ['--resume'] * checkpoint.exists()
     try:
@@ -210,7 +210,7 @@ def tables():
     """What has been run, as Markdown: a table for each of the paper's and each net, the paper's
     rounds beside ours."""
     ran, found = read('reproduce.csv'), cells()
-    for table, model in ((1, '2nn'), (1, 'paper_cnn'), (2, 'E'), (2, 'lstm'), (4, '')):
+    for table, model in ((1, '2nn'), (1, 'paper_cnn'), (2, 'paper_cnn'), (2, 'lstm'), (4, '')):
         names = [cell for t, cell in found if t == table and cell.startswith(model)]
         groups = dict.fromkeys(name.rsplit(',', 2 if table == 1 else 1)[0] for name in names)
         print(head(table, model))
