@@ -4,13 +4,15 @@ results/reproduce.csv; goes on where it was stopped. Curves of seed 0 go into re
     python results/reproduce.py --data_dir DIR --table 4            # all of it, the cheapest first
     python results/reproduce.py --data_dir DIR --table 4 --cell E=10,B=inf,iid=0 --seeds 1
     python results/reproduce.py --show                              # what has been run, as Markdown
+    python results/reproduce.py --data_dir DIR --table 4 --cell E=1,B=10 --check_eta
     python results/reproduce.py --figure                            # results/rounds.png
 
 A cell's eta is the one of a grid with resolution 10^(1/3) (lstm: 10^(1/6)) that took the fewest
 rounds on seed 7, in results/eta.csv; where that has none it is searched for first. A run that takes
 more than 1.5 times the paper's rounds is a miss (more than 1500 where the paper has a dash); its
 rounds are blank, as those of a run that diverges and, in eta.csv, of one that is no better than the
-best before it. The seconds are those since the run was last started.
+best before it. The seconds are those since the run was last started. --check_eta runs a cell's eta
+and both its neighbours in the grid on two more seeds, for at most twice its eta's rounds.
 """
 import argparse
 import csv
@@ -144,7 +146,32 @@ def machine():
 def tried(words):
     """{lr: rounds, inf for a miss} of the grid so far, of the cell with these flags."""
     return {float(row['lr']): float(row['rounds'] or 'inf') for row in read('eta.csv')
-            if setting(row['flags']) == setting(words)}
+            if setting(row['flags']) == setting(words) and row['seed'] == str(SEED)}
+
+def grid_of(words):
+    """The grid of the cell with these flags."""
+    return FINE if '--model lstm' in words else GRID
+
+def check_eta(table, cell, words, paper, data_dir):
+    """Runs a cell's eta, and then its neighbours, on seeds 8 and 9, into eta.csv."""
+    done, grid = tried(words), grid_of(words)
+    if not done:
+        sys.exit(f'--check_eta: {cell} has no eta in results/eta.csv yet; run the cell first')
+    at = grid.index(min(done, key=done.get))
+    ran = {(row['lr'], row['seed']): row['rounds'] for row in read('eta.csv')
+           if setting(row['flags']) == setting(words)}
+    for seed in (SEED + 1, SEED + 2):
+        most = math.ceil(1.5 * (paper or UNKNOWN))
+        for i in (at, at - 1, at + 1):
+            if not 0 <= i < len(grid):
+                continue
+            reached = ran.get((str(grid[i]), str(seed)))
+            if reached is None:
+                reached, seconds, _ = run(words, grid[i], seed, most, data_dir)
+                row = table, cell, words, grid[i], seed, reached, seconds, machine(), paper
+                write('eta.csv', row)
+            if i == at and reached:
+                most = math.ceil(2 * float(reached))
 
 def search(table, cell, words, paper, data_dir):
     """The best eta: goes from START, or the best one tried, along the grid in both directions, as
@@ -152,7 +179,7 @@ def search(table, cell, words, paper, data_dir):
     names = 'local_ep', 'local_bs', 'iid'
     E, B, iid = (words.split(f'--{name} ')[1].split()[0] for name in names)
     done, fine = tried(words), '--model lstm' in words
-    grid = FINE if fine else GRID
+    grid = grid_of(words)
     # Clients that drift apart mostly bear smaller steps.
     start = FINE.index(FINE_START) if fine else (
         GRID.index(START[B]) - (E != '1' and iid == '0'))
@@ -265,6 +292,8 @@ def parsed():
                         help='how many; 3 if not given, but for C=0 and B=inf 1')
     parser.add_argument('--more', default='', help='flags for every run, as "--compile 1"; nothing '
                         'that a result depends on')
+    parser.add_argument('--check_eta', action='store_true',
+                        help='eta and its neighbours on two more seeds, instead of the cells')
     parser.add_argument('--show', action='store_true', help='the table of what has been run')
     parser.add_argument('--figure', action='store_true',
                         help="Table 4's curves, which needs matplotlib")
@@ -319,6 +348,11 @@ def main():
     if args.figure:
         return figure()
     found = chosen(args)
+    if args.check_eta:
+        for (table, cell), (words, paper) in found.items():
+            words = f'{args.more} {words}'.strip()
+            check_eta(table, cell, words, paper, os.path.abspath(args.data_dir))
+        return
     todo = missing(args, found)
     if not todo:
         print('all of it is in results/reproduce.csv already; --show prints it, and rows deleted '
