@@ -85,6 +85,29 @@ def test_a_cell_of_two_tables_is_run_once(monkeypatch, tmp_path):
     assert [row['table'] for row in reproduce.read('reproduce.csv')] == ['2', '2']
     assert len(reproduce.read('curves.csv')) == 1
 
+def test_eta_and_its_neighbours_are_checked_on_two_more_seeds(monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, 'HERE', tmp_path)
+    ran = []
+    def run(words, lr, seed, most, *_):
+        ran.append((lr, seed, most))
+        return ('31.5' if lr == 0.1 else ''), 9, []
+    monkeypatch.setattr(reproduce, 'run', run)
+    argv = 'reproduce.py --table 4 --cell E=1,B=10,iid=1 --check_eta'.split()
+    monkeypatch.setattr('sys.argv', argv)
+    with pytest.raises(SystemExit, match='has no eta'):
+        reproduce.main()
+    words, paper = reproduce.cells()[4, 'E=1,B=10,iid=1']
+    for lr, rounds in ((0.0464, ''), (0.1, '29.8'), (0.2154, '')):
+        row = 4, 'E=1,B=10,iid=1', words, lr, 7, rounds, 9, '', paper
+        reproduce.write('eta.csv', row)
+    for _ in range(2):          # the second time there is nothing to do
+        reproduce.main()
+    limit = math.ceil(1.5 * 92)
+    assert ran == [(lr, seed, most) for seed in (8, 9)
+                   for lr, most in ((0.1, limit), (0.0464, 63), (0.2154, 63))]
+    assert len(reproduce.read('eta.csv')) == 3 + 6
+    assert reproduce.tried(words) == {0.0464: math.inf, 0.1: 29.8, 0.2154: math.inf}     # seed 7's
+
 def test_the_paper_and_here_stand_side_by_side(monkeypatch, capsys, tmp_path):
     def shown(*rounds, lr='0.0464'):
         return reproduce.shown([{'rounds': r, 'lr': lr} for r in rounds])
