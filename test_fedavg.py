@@ -750,8 +750,8 @@ REFUSED = """
 --rounds 5: did you mean --epochs?; --num_clients 5: did you mean --num_users?;
 --model lstm: 2nn; --dataset shakespeare: lstm; --dataset shakespeare --model lstm --alpha 1: 1242;
 --dataset shakespeare --model lstm --num_users 100: 1242; --unequal 1 --dataset shakespeare --model
-lstm: --unequal; --data-dir x: did you mean --data_dir?; --learning_rate 1: did you mean
---lr?; --xyzzy 1: --help"""
+lstm: --unequal; --data-dir x: did you mean --data_dir?;
+--learning_rate 1: did you mean --lr?; --xyzzy 1: --help"""
 
 @pytest.mark.parametrize('case', [*REFUSED.split(';'), f'--seed {"9" * 5000}: --seed'])
 def test_senseless_values_end_in_one_line_before_any_data_are_read(refused, monkeypatch, case):

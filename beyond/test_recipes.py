@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import fedavg
-from test_fedavg import HERE, data, refused, run     # noqa: F401
+from test_fedavg import HERE, data, refused, run, write_plays     # noqa: F401
 
 MINE = '''
 import torch
@@ -91,11 +91,13 @@ def test_the_readmes_commands_run(tmp_path, run, monkeypatch):      # noqa: F811
     text = (HERE / 'README.md').read_text() + (HERE / 'beyond/README.md').read_text()
     commands = re.findall(r'^ +python fedavg\.py (--[^#`\n]*)', text, re.M)
     assert len(commands) > 20
+    plays = write_plays(tmp_path, monkeypatch)
     for name in ('teacher.pt', 'run.pt'):
         run(f'--epochs 1 --checkpoint {name}')
     for words in commands:
         if not {'--help', '--resume', 'synthetic'} & set(words.split()):
             epochs = 10 if '--prune' in words else 1
             small = '--frac 0.9' if '--dp user' in words and '--secagg' in words else ''
+            small += f' --data_dir {plays}' * ('shakespeare' in words)
             done = run(f'{words} --num_users 10 --epochs {epochs} --local_ep 1 --lr 0.01 {small}')
             assert len(done) == epochs, words
