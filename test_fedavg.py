@@ -93,7 +93,11 @@ GHOST	Mark me! [Aside
 DON
 PEDRO	One [Sings]  two,
 	|  three.
+	HAMLET
 SINGLE	A role of one line.
+KING
+PEDRO	I speak
+	as well.
 	[Exeunt without an end
 
 GHOST	List, list!
@@ -103,11 +107,11 @@ PEDRO:	Four.
 """
 
 def write_plays(root, monkeypatch):
-    """PLAY and a play of seven more roles, and the program told of them."""
+    """PLAY and a play of six more roles, and the program told of them."""
     drawn, draw = ['ACT I'], np.random.default_rng(0)
-    for i in range(70):
+    for i in range(60):
         words = ' '.join(draw.choice(['to', 'be', 'or', 'not'], draw.integers(1, 12)))
-        drawn.append(f'ROLE {"ABCDEFG"[i % 7]}\t{words}')
+        drawn.append(f'ROLE {"ABCDEF"[i % 6]}\t{words}')
     (root / 'shakespeare').mkdir()
     for name, text in (('hamlet', PLAY), ('othello', '\n'.join(drawn))):
         (root / f'shakespeare/{name}.txt').write_text(text)
@@ -605,17 +609,17 @@ def test_small_files_of_each_format_load_standardised(tmp_path, monkeypatch):
 
 def test_a_client_of_shakespeare_is_a_role_whose_last_lines_are_for_testing(tmp_path, monkeypatch):
     train, test, n_k = sampling.shakespeare(write_plays(tmp_path, monkeypatch))
-    assert n_k.tolist() == [1, 2, 2] + [8] * 7
+    assert n_k.tolist() == [1, 2, 2, 1] + [8] * 6
     def lines(dataset):
         return [[''.join(f'?{sampling.VOCABULARY}'[c] for c in v[v >= 0]) for v in example]
                 for example in dataset]
-    assert lines(train)[:5] == [['Two lines', 'wo lines\n'], ['Mark me!', 'ark me!\n'],
+    assert lines(train)[:6] == [['Two lines', 'wo lines\n'], ['Mark me!', 'ark me!\n'],
                                 ['List, list!', 'ist, list!\n'], ['One two,', 'ne two,\n'],
-                                ['three.', 'hree.\n']]
-    assert len(test) == 3 + 7 * 2 and all(line in lines(test) for line in (
+                                ['three.', 'hree.\n'], ['I speak', ' speak\n']]
+    assert len(test) == 4 + 6 * 2 and all(line in lines(test) for line in (
         ['are mine.', 're mine.\n'], ['O, list!', ', list!\n'], ['Four.', 'our.\n']))
     x, y = train.tensors
-    assert x.shape == y.shape == (61, 64) and x[0, 9:].eq(-1).all() and y[0, 9:].eq(-100).all()
+    assert x.shape == y.shape == (54, 64) and x[0, 9:].eq(-1).all() and y[0, 9:].eq(-100).all()
 
 @pytest.mark.skipif(not os.path.isdir(f'{os.environ.get("FEDAVG_DATA")}/shakespeare'),
                     reason='needs the plays')
@@ -636,7 +640,8 @@ def test_the_lines_of_shakespeare_train(tmp_path, monkeypatch, iid):
     assert losses[-1] < 0.8 * losses[0] and history[-1]['clients'] == 10
     train, _, parts, n_k = sampling.holdings(
         SimpleNamespace(dataset='shakespeare', data_dir=folder, iid=iid, seed=1), 10)
-    assert sorted(np.concatenate(list(parts.values()))) == list(range(61))
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(54))
+    assert iid or parts[1].tolist() == [1, 2]
     assert [len(parts[k]) for k in range(10)] == n_k.tolist()
     assert (n_k.max() - n_k.min() <= 1) == iid
 
@@ -655,7 +660,7 @@ def test_plays_that_are_damaged_or_missing_are_named_and_fetched_files_checked(
     monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: io.BytesIO(b'<html>'))
     assert 'othello.txt is another file than it was' in refused(words) and not path.exists()
     monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: io.BytesIO(whole))
-    assert len(sampling.load('shakespeare', folder)[0]) == 61 and path.read_bytes() == whole
+    assert len(sampling.load('shakespeare', folder)[0]) == 54 and path.read_bytes() == whole
 
 @pytest.mark.parametrize('file, damage', [
     ('train-images-idx3-ubyte', lambda b: b[:-1]), ('train-labels-idx1-ubyte', lambda b: b''),
