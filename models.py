@@ -51,7 +51,8 @@ def imported(args):
         text = getattr(args, 'dataset', None) == 'shakespeare'
         blank = torch.zeros(2, *args.shape, dtype=torch.int64 if text else torch.float32)
         if text:
-            blank[:, 1:] = -1       # a line of one character
+            blank[0, 1:] = blank[1, 3:] = -1        # lines of one character and of three
+            blank[1, 0] = args.num_classes - 1
         logits = tried and tried(blank)
     except (Exception, SystemExit) as e:        # whatever a class of the user's raises
         reason = (str(e) or 'no reason given').splitlines()[0]
@@ -62,9 +63,11 @@ def imported(args):
         raise ValueError(f'--model {args.model}: gives a {type(net).__name__}, not an nn.Module '
                          'with parameters to train')
     wanted = (2, args.num_classes, *(args.shape if text else ()))
-    if logits.shape != wanted:
-        raise ValueError(f'--model {args.model}: gives {tuple(logits.shape)} for two examples, not '
-                         f'{wanted}: a logit for each class')
+    tensor = torch.is_tensor(logits)
+    if not tensor or logits.shape != wanted:
+        given = tuple(logits.shape) if tensor else f'a {type(logits).__name__}'
+        raise ValueError(f'--model {args.model}: gives {given} for two examples, not a tensor of '
+                         f'shape {wanted}: a logit for each class')
     return net
 
 class Net(nn.Module):

@@ -461,11 +461,31 @@ def test_parameter_counts(name, channels, count):
     assert sum(p.numel() for p in net.parameters()) == count
     assert net(torch.randn(2, channels, side, side)).shape == (2, 10)
 
+def test_a_text_net_of_ones_own_is_tried_on_short_lines_and_all_characters(monkeypatch):
+    args = SimpleNamespace(model='models:Own', dataset='shakespeare', shape=(64,), num_classes=75)
+    class Few(models.CharLSTM):
+        def __init__(self, args):
+            super().__init__(args)
+            self.embedding = nn.Embedding(74, 8)
+    class Unpadded(models.CharLSTM):
+        def forward(self, x):
+            return self.fc(self.lstm(self.embedding(x))[0]).transpose(1, 2)
+    monkeypatch.setattr(models, 'Own', models.CharLSTM, raising=False)
+    assert models.build(args)
+    class Pair(models.CharLSTM):
+        def forward(self, x):
+            return super().forward(x), x
+    monkeypatch.setattr(models, 'Own', Pair)
+    with pytest.raises(ValueError, match='gives a tuple for two examples'):
+        models.build(args)
+    for wrong in (Few, Unpadded):
+        monkeypatch.setattr(models, 'Own', wrong)
+        with pytest.raises(ValueError, match='models:Own: IndexError: index out of range'):
+            models.build(args)
+
 def test_the_lstm_predicts_each_next_character_whatever_the_padding():
     net = models.build(SimpleNamespace(model='lstm', num_classes=75))
     assert sum(p.numel() for p in net.parameters()) == 818595
-    assert models.build(SimpleNamespace(model='models:CharLSTM', dataset='shakespeare',
-                                        shape=(64,), num_classes=75))      # as one's own
     x = torch.tensor([[5, 6, 7, 8], [9, 1, -1, -1]])
     y = torch.tensor([[6, 7, 8, 1], [1, 2, -100, -100]])
     logits = net(x)

@@ -81,12 +81,12 @@ class Forked(Processes):
 
     def end_children(self):
         """Ends the children, if they have not ended, and sets back what was changed for them."""
+        GROUP.clear()       # so that wait_for_death does not take this for a death
         for child in self.children:
             child.kill()
             child.join()
         if dist.is_initialized():
             dist.destroy_process_group()
-        GROUP.clear()
         torch.set_num_threads(self.threads)
 
     #################################### A child ####################################
