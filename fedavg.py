@@ -163,7 +163,7 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
 
 @torch.no_grad()
 def evaluate(net, x, y, bs, all_sum=lambda tensors: None):
-    """(mean loss, accuracy) of net on x (n, ...), y (n,) or, of text, (n, T), bs at a time."""
+    """(mean loss, accuracy) of net, left unchanged, on x (n, ...), y (n,) or (n, T), by bs."""
     net, sums = copy.deepcopy(net).eval(), 0
     for xb, yb in zip(x.split(bs), y.split(bs)):
         logits = net(xb)                                # (bs, classes); of text (bs, classes, T)

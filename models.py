@@ -45,10 +45,10 @@ def imported(args):
     module, _, name = args.model.partition(':')
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    text = getattr(args, 'dataset', None) == 'shakespeare'
     try:
         net = getattr(importlib.import_module(module), name)(args)
         tried = isinstance(net, nn.Module) and copy.deepcopy(net).eval()
-        text = getattr(args, 'dataset', None) == 'shakespeare'
         blank = torch.zeros(2, *args.shape, dtype=torch.int64 if text else torch.float32)
         if text:
             blank[0, 1:] = blank[1, 3:] = -1        # lines of one character and of three
@@ -58,7 +58,8 @@ def imported(args):
         reason = (str(e) or 'no reason given').splitlines()[0]
         raise ValueError(f'--model {args.model}: {type(e).__name__}: {reason}; it has to be a '
                          'class that can be imported from here, takes the flags and gives an '
-                         f'nn.Module for examples of shape {tuple(args.shape)}') from e
+                         f'nn.Module for examples of shape {tuple(args.shape)}'
+                         + ', -1 after the end of a line' * text) from e
     if not tried or not any(p.requires_grad for p in net.parameters()):
         raise ValueError(f'--model {args.model}: gives a {type(net).__name__}, not an nn.Module '
                          'with parameters to train')

@@ -262,10 +262,12 @@ def check_text(args):
         args.num_users = args.num_users or 100
         return
     for name, there in (('num_users', args.num_users not in (None, ROLES)), ('alpha', args.alpha),
-                        ('unequal', args.unequal), ('num_channels', args.num_channels)):
+                        ('unequal', args.unequal)):
         if there:
             fail(f'--{name} {shown(getattr(args, name))}: the clients of shakespeare are the '
                  f'{ROLES} roles of its plays; leave the flag out')
+    if args.num_channels:
+        fail(f'--num_channels {args.num_channels}: lines of text have none; leave the flag out')
     args.num_users = ROLES
 
 def device(gpu):

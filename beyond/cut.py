@@ -28,7 +28,7 @@ CLASHES = (('cut', 'dp user', "whose noise the server's half would lack"),
            ('cut', 'dp example', 'which does not hide what clients send at each step'),
            ('cut', 'secagg', 'which does not hide what clients send at each step'),
            ('cut', 'silo', 'whose server does not train'),
-           ('cut', 'model lstm', 'which has no stages'),
+           ('cut', 'model lstm', 'which has no stages to cut it between'),
            ('cut', 'compile', 'as the two halves wait for each other'),
            ('cut', 'engine stacked', 'as the two halves wait for each other'),
            ('cut', 'personal layers', 'as the server has the last ones'))

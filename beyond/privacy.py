@@ -43,7 +43,7 @@ def flags(add):
 
 CLASHES = (('dp example', 'engine stacked', 'which does not know the gradient of each example'),
            ('dp example', 'compile', 'whose stacks do not know the gradient of each example'),
-           ('dp example', 'dataset shakespeare', 'whose net has no gradient of each line'),
+           ('dp example', 'dataset shakespeare', 'as there are no gradients of single lines'),
            ('range', 'dp user', 'whose range is --clip'))
 
 def check(args):

@@ -178,10 +178,9 @@ def search(table, cell, words, paper, data_dir):
     long as the rounds become fewer. None if no eta reaches the target."""
     names = 'local_ep', 'local_bs', 'iid'
     E, B, iid = (words.split(f'--{name} ')[1].split()[0] for name in names)
-    done, fine = tried(words), '--model lstm' in words
-    grid = grid_of(words)
+    done, grid = tried(words), grid_of(words)
     # Clients that drift apart mostly bear smaller steps.
-    start = FINE.index(FINE_START) if fine else (
+    start = grid.index(FINE_START) if grid is FINE else (
         GRID.index(START[B]) - (E != '1' and iid == '0'))
     at = grid.index(min(done, key=done.get)) if done else start
     def rounds(i):
