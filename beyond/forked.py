@@ -30,6 +30,7 @@ def cores():
 class Forked(Processes):
     """This process and its children."""
     died = None         # what has happened to a child, as text
+    watcher = None      # the thread that waits for that
 
     def __init__(self, args):
         super().__init__(args)
@@ -85,6 +86,8 @@ class Forked(Processes):
         for child in self.children:
             child.kill()
             child.join()
+        if self.watcher:
+            self.watcher.join()     # if it freed tensors while Python ends, torch would abort
         if dist.is_initialized():
             dist.destroy_process_group()
         torch.set_num_threads(self.threads)
@@ -111,7 +114,8 @@ class Forked(Processes):
         """Raises Stop in the main thread if a child dies."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.interrupted)
-        threading.Thread(target=self.wait_for_death, daemon=True).start()
+        self.watcher = threading.Thread(target=self.wait_for_death, daemon=True)
+        self.watcher.start()
 
     def wait_for_death(self):
         """Waits until a child dies before its time; ends the others then, and interrupts this

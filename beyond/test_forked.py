@@ -3,6 +3,7 @@
     python -m pytest -q beyond/test_forked.py
 """
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import signal
@@ -124,3 +125,14 @@ def test_main_can_run_in_another_thread(run):       # noqa: F811
     thread.start()
     thread.join(100)
     assert len(histories[0]) == 3
+
+def test_no_thread_outlives_a_run(run, monkeypatch):        # noqa: F811
+    wait = multiprocessing.connection.wait
+    def late(*args):
+        ready = wait(*args)
+        time.sleep(0.5)
+        return ready
+    monkeypatch.setattr(multiprocessing.connection, 'wait', late)
+    before = threading.enumerate()
+    run('--processes 2')
+    assert threading.enumerate() == before
