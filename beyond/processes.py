@@ -68,10 +68,14 @@ def together():
         raise
     except RuntimeError as e:
         GROUP.get('broken', lambda: None)()
-        print(f'process {dist.get_rank()}: another process has gone, or is later than --timeout: '
-              f'{missing(e)}', file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)     # at once: an orderly exit would wait for the one that has gone
+        end(f'process {dist.get_rank()}: another process has gone, or is later than --timeout: '
+            f'{missing(e)}')
+
+def end(line):
+    """Ends this process at once, with a line: an orderly exit would wait for the others."""
+    print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 def missing(error):
     """Which processes are missing, as text: what the barrier says; or, if a sum broke off for all

@@ -8,14 +8,13 @@ a client too; its test set counts.
 """
 import os
 import struct
-import sys
 
 import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
 from beyond.flat import flat, unflat
-from beyond.processes import Torchrun, all_sum, receive, send
+from beyond.processes import Torchrun, all_sum, end, receive, send
 from compress import decode
 from options import fail, shown
 from sampling import load
@@ -131,9 +130,8 @@ class Silos(Torchrun):
         for rank in range(1, self.size):
             while head := receive(rank):
                 if len(head) != MESSAGE.size:
-                    print(f'silo {rank} has sent what is no update; give all silos the same '
-                          'version of this program', file=sys.stderr, flush=True)
-                    os._exit(1)     # at once: the others wait for another message
+                    end(f'silo {rank} has sent what is no update; give all silos the same version '
+                        'of this program')
                 _, loss = MESSAGE.unpack(head)
                 yield self.Update(rank, receive(rank), self.weight(rank), loss)
 

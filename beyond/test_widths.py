@@ -109,7 +109,7 @@ def test_a_net_of_other_layers_cannot_be_narrow(run, monkeypatch, capsys):      
     monkeypatch.setattr(models, 'TwoNN', Normed)
     with pytest.raises(SystemExit):
         run('--widths 1,0.5')
-    assert '2nn has a LayerNorm, which cannot be narrowed' in capsys.readouterr().err
+    assert 'a layer of 2nn, LayerNorm, cannot be narrowed' in capsys.readouterr().err
 
 def test_what_cannot_be_narrow_is_refused(refused, monkeypatch):        # noqa: F811
     monkeypatch.setattr(sampling, 'load', lambda *_: pytest.fail('data were read'))

@@ -46,9 +46,9 @@ class Widths(Room):
         for layer in self.net.modules():
             own = list(layer.parameters(recurse=False))
             if own and (not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.bias is None):
-                fail(f'--widths {shown(args.widths)}: {args.model} has a {type(layer).__name__}, '
-                     'which cannot be narrowed; its layers have to be linear or convolutions, with '
-                     'a bias', everyone=True)
+                fail(f'--widths {shown(args.widths)}: a layer of {args.model}, '
+                     f'{type(layer).__name__}, cannot be narrowed; all have to be linear or '
+                     'convolutions, with a bias', everyone=True)
 
     @functools.lru_cache(None)
     def nets(self):
