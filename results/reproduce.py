@@ -34,6 +34,8 @@ START = {'10': 0.1, '50': 0.2154, 'inf': 0.4642}            # where the search e
 FINE_START = 1.4678
 UNKNOWN = 1000                                              # rounds, where the paper has a dash
 SEED = 7                                                    # of the grid; never reported
+# Of the figure: {net: (name, target and lowest accuracy shown, in percent)}.
+PANELS = {'2nn': ('2NN', 97, 80), 'paper_cnn': ('CNN', 99, 90), 'lstm': ('char-LSTM', 54, 20)}
 ROWS = ('table', 'cell', 'flags', 'lr', 'seed', 'rounds', 'seconds', 'machine', 'paper')
 CURVE = ('table', 'cell', 'lr', 'accuracies')               # of seed 0, in hundredths of a percent
 
@@ -249,33 +251,43 @@ def tables():
                 line += [str(paper or '-'), shown(list(rows.values()))]
             print('| ' + ' | '.join(line).replace('inf', '∞') + ' |')
 
+def curves():
+    """{net: [(E, B, iid, the best accuracy so far in percent after each round)]} of seed 0, for
+    the cells of Tables 2 and 4; the latest curve of a cell that was run again."""
+    latest = {(row['table'], row['cell']): row for row in read('curves.csv') if row['table'] != '1'}
+    found = {}
+    for (_, cell), row in latest.items():
+        *net, E, B, iid = [part.split('=')[-1] for part in cell.split(',')]
+        accuracies = (int(v) / 100 for v in row['accuracies'].split())
+        found.setdefault(net[0] if net else '2nn', []).append(
+            (E, B, iid, list(itertools.accumulate(accuracies, max))))
+    return found
+
 def figure():
-    """The best test accuracy so far against rounds for Table 4's cells, seed 0, into
-    results/rounds.png: a colour for each B, a dash for each E."""
+    """The curves against rounds, into results/rounds.png: a row of panels for each net, a colour
+    for each B, a dash for each E."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         sys.exit('--figure: needs matplotlib, which is not installed; pip install matplotlib')
-    picture = Figure((10, 4), layout='constrained')
+    found = curves()
+    nets = [net for net in PANELS if net in found]
+    picture = Figure((10, 4 * len(nets)), layout='constrained')
     colours = {'10': 'C3', '50': 'C1', 'inf': 'C0'}
     dashes = {'1': ':', '5': '-.', '10': '--', '20': '-'}
-    # The latest curve of a cell that was run again.
-    latest = {(row['table'], row['cell']): row for row in read('curves.csv')}
-    rows = [([part.split('=')[1] for part in row['cell'].split(',')[-3:]], row)
-            for row in latest.values()]
-    rows.sort(key=lambda item: [float(v) for v in item[0]])
-    for iid, axes in zip((1, 0), picture.subplots(1, 2, sharey=True)):
-        for (E, B, at), row in rows:
-            if (row['table'], at) == ('4', str(iid)):
-                y = itertools.accumulate((int(v) / 100 for v in row['accuracies'].split()), max)
-                y = list(y)
-                axes.plot(range(1, len(y) + 1), y, colours[B] + dashes[E], linewidth=1,
-                          label=f'B = {B.replace("inf", "∞")}, E = {E}')
-        axes.axhline(97, color='gray', linewidth=0.5)
-        axes.set(title='IID' if iid else 'non-IID', xlabel='rounds',
-                 ylabel='test accuracy, %' if iid else '', xscale='log', ylim=(80, 98))
-        if axes.lines[1:]:
-            axes.legend(fontsize='small')
+    for net, row in zip(nets, picture.subplots(len(nets), 2, sharey='row', squeeze=False)):
+        name, target, lowest = PANELS[net]
+        for iid, axes in zip('10', row):
+            for E, B, at, y in sorted(found[net], key=lambda c: (float(c[0]), float(c[1]))):
+                if at == iid:
+                    axes.plot(range(1, len(y) + 1), y, colours[B] + dashes[E], linewidth=1,
+                              label=f'B = {B.replace("inf", "∞")}, E = {E}')
+            axes.axhline(target, color='gray', linewidth=0.5)
+            axes.set(title=f'{name}, {"IID" if iid == "1" else "non-IID"}', xlabel='rounds',
+                     ylabel='test accuracy, %' if iid == '1' else '', xscale='log',
+                     ylim=(lowest, target + (target - lowest) / 17))
+            if axes.lines[1:]:
+                axes.legend(fontsize='small')
     picture.savefig(HERE / 'rounds.png', dpi=100)
 
 #################################### The command line ####################################
@@ -295,7 +307,7 @@ def parsed():
                         help='eta and its neighbours on two more seeds, instead of the cells')
     parser.add_argument('--show', action='store_true', help='the table of what has been run')
     parser.add_argument('--figure', action='store_true',
-                        help="Table 4's curves, which needs matplotlib")
+                        help='the curves of seed 0, which needs matplotlib')
     return parser.parse_args()
 
 def chosen(args):

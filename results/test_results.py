@@ -191,15 +191,18 @@ def test_settings_are_measured_once(monkeypatch, capsys, tmp_path):
 def test_the_figures_have_one_curve_of_what_was_run_twice(monkeypatch, tmp_path):
     Figure, drawn = pytest.importorskip('matplotlib.figure').Figure, []
     def savefig(self, *_, **__):
-        drawn.append([line.get_ydata()[-1] for line in self.axes[0].lines])
+        drawn.append([[line.get_ydata()[-1] for line in axes.lines] for axes in self.axes])
     monkeypatch.setattr(Figure, 'savefig', savefig)
     for module in (reproduce, wire):
         monkeypatch.setattr(module, 'HERE', tmp_path)
     for best in ('9000', '9500'):
         accuracies = f'8000 {best} 8500'
         reproduce.write('curves.csv', (4, 'E=1,B=10,iid=1', 0.1, accuracies), reproduce.CURVE)
+        reproduce.write('curves.csv', (2, 'lstm,E=1,B=10,iid=0', 1, accuracies), reproduce.CURVE)
+        reproduce.write('curves.csv', (1, 'lstm,E=1,B=10,iid=0', 1, '9900'), reproduce.CURVE)
         row = dict(setting='', iid=1, up_bytes='5 5 5', accuracies=accuracies)
         wire.write(tmp_path / 'wire_curves.csv', row)
     reproduce.figure()
     wire.figure()
-    assert drawn == [[95, 97], [95, 97]]        # and the target
+    rounds, megabytes = drawn           # each panel's last line is the target
+    assert rounds == [[95, 97], [97], [54], [95, 54]] and megabytes[0] == [95, 97]
