@@ -469,7 +469,7 @@ def labels_of(dataset):
     """The labels (n,) of any map-style (image, label) data set, from its .targets if it has any."""
     targets = getattr(dataset, 'targets', None)
     if targets is None:
-        targets = [int(dataset[i][1]) for i in range(len(dataset))]
+        targets = np.array([np.asarray(dataset[i][1]) for i in range(len(dataset))])
     return torch.as_tensor(targets).numpy()
 
 def mnist_iid(dataset, num_users, seed=0):

@@ -640,7 +640,7 @@ def test_a_client_of_shakespeare_is_a_role_whose_last_lines_are_for_testing(tmp_
         ['are mine.', 're mine.\n'], ['O, list!', ', list!\n'], ['Four.', 'our.\n']))
     x, y = train.tensors
     with pytest.raises(ValueError, match='each example has to have one'):
-        sampling.shards(y, n_k)
+        sampling.mnist_noniid(train, 10)
     assert x.shape == y.shape == (54, 64) and x[0, 9:].eq(-1).all() and y[0, 9:].eq(-100).all()
 
 @pytest.mark.skipif(not os.path.isdir(f'{os.environ.get("FEDAVG_DATA")}/shakespeare'),
