@@ -142,10 +142,13 @@ class Stacked(Room):
                  'example, or leave stacks = True out', everyone=True)
 
     def stack_size(self, net, B):
-        """How many clients a stack has: on a CPU what fits its caches, on a GPU what a quarter of
-        its memory holds, as there may be two stacks for a moment; not of what is free, as the same
-        seed has to give the same bits. All stacks of a round are of like size."""
-        size = 2 if self.args.compile else 10
+        """How many clients a stack has: on a CPU ten, compiled as many as have 1 MiB of weights,
+        which a core's cache holds (ten at most); on a GPU what a quarter of its memory holds, as
+        there may be two stacks for a moment; not of what is free, as the same seed has to give the
+        same bits. All stacks of a round are of like size."""
+        size = 10
+        if self.args.compile:
+            size = min(size, max(1, 2**20 // (4 * sum(v.numel() for v in net.parameters()))))
         if self.args.device.type == 'cuda':
             _, whole = torch.cuda.mem_get_info(self.args.device)
             need = memory(net, self.train_set.tensors[0][:1], B)

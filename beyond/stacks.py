@@ -32,12 +32,15 @@ class Stack:
     def __init__(self, net, client, size, B):
         self.net, self.client, self.size, self.B = client.model(net), client, size, B
         self.names = [name for name, _ in net.named_parameters()]
+        self.columns = {f'{name}.weight' for name, layer in net.named_modules()
+                        if isinstance(layer, torch.nn.Linear)}
 
     def begin(self, net, states, lr):
         """Copies of the weights in states, a state_dict for each client; a fresh optimizer."""
         without_dynamo()
         self.client.model(net)
-        self.w = [stacked([w[name] for w in states]).requires_grad_() for name in self.names]
+        self.w = [stacked([w[name] for w in states], name in self.columns).requires_grad_()
+                  for name in self.names]
         self.start = [v.detach().clone() for v in self.w]
         self.optimizer = self.client.optimizer(self.w, lr)
 
@@ -54,7 +57,8 @@ class Stack:
             total[:m] += self.step(x[at], y[at], weight[s, :m])     # a graph would copy all of x
             for i, n in enumerate(steps):
                 if n == s + 1:
-                    w[i] = {name: v[i].detach().clone() for name, v in zip(self.names, self.w)}
+                    w[i] = {name: v[i].detach().clone(memory_format=torch.contiguous_format)
+                            for name, v in zip(self.names, self.w)}
         # Only here does the program wait for the device.
         return [(w_k, loss / n) for w_k, loss, n in zip(w, total.tolist(), seen)]
 
@@ -108,9 +112,11 @@ class Stack:
         losses = losses.view(weight.shape) * weight
         return losses.sum(), losses.sum(1)
 
-def stacked(tensors):
-    """Tensors of one shape as one, (m, ...), in rows whatever their own memory format."""
-    return torch.stack(tensors, out=tensors[0].new_empty(len(tensors), *tensors[0].shape))
+def stacked(tensors, columns=False):
+    """Tensors of one shape as one, (m, ...), in rows whatever their own memory format; or matrices
+    in columns, as vmap gives the gradient of a linear layer, so that a step adds like to like."""
+    v = torch.stack(tensors, out=tensors[0].new_empty(len(tensors), *tensors[0].shape))
+    return v.mT.contiguous().mT if columns else v
 
 class CompiledStack(Stack):
     """A Stack with its step under torch.compile. Another shape would be compiled anew, so that
@@ -125,8 +131,7 @@ class CompiledStack(Stack):
         for v in self.w + self.start + self.optimizer_state():
             torch._dynamo.mark_static_address(v)        # or no CUDA graph is made of the step
         cuda = client.args.device.type == 'cuda'
-        mode = 'reduce-overhead' if cuda else 'max-autotune-no-cudagraphs'
-        self.step = torch.compile(self.step, mode=mode)
+        self.step = torch.compile(self.step, mode='reduce-overhead' if cuda else 'default')
 
     def optimizer_state(self):
         """The tensors of the optimizer's state."""

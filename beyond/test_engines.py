@@ -109,6 +109,23 @@ def test_a_stack_on_a_gpu_is_as_large_as_a_quarter_of_its_memory(monkeypatch):
         stacked.args = SimpleNamespace(compile=compiled, frac=C, device=torch.device('cuda', 0))
         assert Stacked.stack_size(stacked, net, 600) == size
 
+def test_a_stack_on_a_cpu_is_of_ten_or_as_many_as_a_cache_holds():
+    stacked = SimpleNamespace(size=1, K=100, nets=lambda: [None])
+    for sizes, compiled, size in (
+            ((784, 200, 10), 0, 10), ((784, 200, 10), 1, 1),        # 0.8 MB of weights
+            ((100, 200, 10), 1, 4), ((9, 9, 9), 1, 10), ((784, 2000, 10), 1, 1)):
+        stacked.args = SimpleNamespace(compile=compiled, frac=0.1, device=torch.device('cpu'))
+        assert Stacked.stack_size(stacked, models.TwoNN(*sizes), 10) == size
+
+def test_a_stacks_weights_lie_in_memory_as_their_gradients_do():
+    dataset, net = image_toy('2nn', 30)
+    args = SimpleNamespace(local_ep=1, local_bs=10, lr=0.1, momentum=0, device='cpu')
+    stack = Stack(net, fedavg.LocalUpdate(args, dataset, [0]), 3, 10)
+    stack.begin(net, [net.state_dict()] * 3, 0.1)
+    x, y = (v.unflatten(0, (3, 10)) for v in dataset.tensors)
+    gradients, _ = stack.gradients(x, y, torch.full((3, 10), 0.1))
+    assert [g.stride() for g in gradients] == [v.stride() for v in stack.w]
+
 def test_stacked_clients_have_dropout_of_their_own(monkeypatch):
     dataset, net = image_toy('mlp', 30)
     monkeypatch.setattr(torch, 'randperm', torch.arange)
