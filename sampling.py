@@ -419,7 +419,7 @@ def shards(labels, n_k, seed=0):
     any K, and sizes may be unequal.
     """
     if np.ndim(labels) != 1:
-        raise ValueError('shards are sorted by label: each example has to have one')
+        raise ValueError('shards are sorted by label: each example has to have one label')
     draw = rng(seed, 'partition')
     order = draw.permutation(len(labels))
     order = order[np.argsort(labels[order], kind='stable')]     # by label, in random order within
@@ -466,11 +466,15 @@ def partition(labels, n_k, iid_=True, alpha=None, seed=0):
     return dirichlet(labels, n_k, alpha, seed) if alpha else shards(labels, n_k, seed)
 
 def labels_of(dataset):
-    """The labels (n,) of any map-style (image, label) data set, from its .targets if it has any."""
+    """The labels (n,) of any map-style (image, label) data set, from its .targets if it has any.
+    Raises ValueError for an example with several labels."""
     targets = getattr(dataset, 'targets', None)
     if targets is None:
-        targets = np.array([np.asarray(dataset[i][1]) for i in range(len(dataset))])
-    return torch.as_tensor(targets).numpy()
+        labels = [torch.as_tensor(dataset[i][1]).flatten() for i in range(len(dataset))]
+        if any(len(v) != 1 for v in labels):
+            raise ValueError('each example has to have one label')
+        targets = torch.cat(labels)
+    return torch.as_tensor(targets).cpu().numpy()
 
 def mnist_iid(dataset, num_users, seed=0):
     """{user: indices}: an equal share of the shuffled data set for each of num_users; for any data

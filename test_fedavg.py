@@ -431,7 +431,7 @@ def test_the_papers_partitions_of_mnist():
         assert len(np.unique(np.concatenate(list(users.values())))) == 60000
     held = [len(set((i // 6000).tolist())) for i in sampling.mnist_noniid(mnist, 100).values()]
     assert max(held) == 2 and min(held) == 1        # 300 divides 6000: no shard has two labels
-    assert sampling.labels_of([(None, 3), (None, 5)]).tolist() == [3, 5]
+    assert sampling.labels_of([(None, 3), (None, torch.tensor([5]))]).tolist() == [3, 5]
 
 def test_dirichlet_goes_from_one_label_a_client_to_all_alike():
     labels = np.arange(10000) % 10
@@ -639,8 +639,10 @@ def test_a_client_of_shakespeare_is_a_role_whose_last_lines_are_for_testing(tmp_
     assert len(test) == 4 + 6 * 2 and all(line in lines(test) for line in (
         ['are mine.', 're mine.\n'], ['O, list!', ', list!\n'], ['Four.', 'our.\n']))
     x, y = train.tensors
-    with pytest.raises(ValueError, match='each example has to have one'):
-        sampling.mnist_noniid(train, 10)
+    for deal in (lambda: sampling.mnist_noniid(train, 10), lambda: sampling.shards(y, n_k),
+                 lambda: sampling.labels_of([(None, [1, 2]), (None, [3])])):
+        with pytest.raises(ValueError, match='each example has to have one label'):
+            deal()
     assert x.shape == y.shape == (54, 64) and x[0, 9:].eq(-1).all() and y[0, 9:].eq(-100).all()
 
 @pytest.mark.skipif(not os.path.isdir(f'{os.environ.get("FEDAVG_DATA")}/shakespeare'),

@@ -142,10 +142,10 @@ class Stacked(Room):
                  'example, or leave stacks = True out', everyone=True)
 
     def stack_size(self, net, B):
-        """How many clients a stack has: on a CPU ten, compiled as many as have 1 MiB of weights,
-        which a core's cache holds (ten at most); on a GPU what a quarter of its memory holds, as
-        there may be two stacks for a moment; not of what is free, as the same seed has to give the
-        same bits. All stacks of a round are of like size."""
+        """How many clients a stack has: on a CPU ten, compiled as many as have 1 MiB of weights
+        (ten at most), which was fastest (results/README.md, "Speed"); on a GPU what a quarter of
+        its memory holds, as there may be two stacks for a moment; not of what is free, as the same
+        seed has to give the same bits. All stacks of a net are of like size."""
         size = 10
         if self.args.compile:
             size = min(size, max(1, 2**20 // (4 * sum(v.numel() for v in net.parameters()))))

@@ -20,7 +20,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from beyond.processes import GROUP, Processes, connect
+from beyond.processes import GROUP, Processes, connect, end
 from options import fail
 
 def cores():
@@ -31,6 +31,7 @@ class Forked(Processes):
     """This process and its children."""
     died = None         # what has happened to a child, as text
     watcher = None      # the thread that waits for that
+    ending = False      # whether children may die
 
     def __init__(self, args):
         super().__init__(args)
@@ -62,18 +63,20 @@ class Forked(Processes):
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter('ignore', DeprecationWarning)     # of fork beside threads
             store = os.path.join(folder, 'store')
-            self.children = [context.Process(target=self.child, args=(algorithm, rank, store),
-                                             daemon=True) for rank in range(1, self.size)]
             try:
-                for child in self.children:
+                for rank in range(1, self.size):
+                    child = context.Process(target=self.child, args=(algorithm, rank, store),
+                                            daemon=True)
                     child.start()
+                    self.children.append(child)
                 self.watch()
                 self.connect(store)
                 return super().launch(algorithm)
             finally:
-                self.end_children()
+                self.ending = True
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGINT, before)
+                self.end_children()
 
     def connect(self, store):
         """Joins the others, which find each other by a file."""
@@ -82,7 +85,8 @@ class Forked(Processes):
 
     def end_children(self):
         """Ends the children, if they have not ended, and sets back what was changed for them."""
-        GROUP.clear()       # so that wait_for_death does not take this for a death
+        GROUP.clear()
+        torch.set_num_threads(self.threads)
         for child in self.children:
             child.kill()
             child.join()
@@ -90,7 +94,6 @@ class Forked(Processes):
             self.watcher.join()     # if it freed tensors while Python ends, torch would abort
         if dist.is_initialized():
             dist.destroy_process_group()
-        torch.set_num_threads(self.threads)
 
     #################################### A child ####################################
 
@@ -114,8 +117,9 @@ class Forked(Processes):
         """Raises Stop in the main thread if a child dies."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.interrupted)
-        self.watcher = threading.Thread(target=self.wait_for_death, daemon=True)
-        self.watcher.start()
+        watcher = threading.Thread(target=self.wait_for_death, daemon=True)
+        watcher.start()
+        self.watcher = watcher
 
     def wait_for_death(self):
         """Waits until a child dies before its time; ends the others then, and interrupts this
@@ -125,10 +129,12 @@ class Forked(Processes):
             for sentinel in multiprocessing.connection.wait(list(waiting)):
                 child = waiting.pop(sentinel)
                 child.join()
-                if child.exitcode and GROUP:
+                if child.exitcode and not self.ending:
                     rank = 1 + self.children.index(child)
                     if child.exitcode != -signal.SIGINT:        # Ctrl-C is for all of them
                         self.died = f'process {rank} has ended with exit code {child.exitcode}'
+                    if not GROUP:       # this process waits for it, where no signal reaches it
+                        end(f'{self.died or "interrupted"}; no round has begun')
                     _thread.interrupt_main()
                     return
 
@@ -148,7 +154,10 @@ class Forked(Processes):
     def finish(self, code):
         if code == 130 or self.died or code and not all(c.is_alive() for c in self.children):
             GROUP.clear()       # there is nobody to talk to
-        return super().finish(code)
+            self.ending = True
+        code = super().finish(code)
+        self.ending = True
+        return code
 
 def end_with(parent):
     """Ends this process when its parent has ended."""

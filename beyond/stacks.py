@@ -32,7 +32,7 @@ class Stack:
     def __init__(self, net, client, size, B):
         self.net, self.client, self.size, self.B = client.model(net), client, size, B
         self.names = [name for name, _ in net.named_parameters()]
-        self.columns = {f'{name}.weight' for name, layer in net.named_modules()
+        self.columns = {f'{name}.weight'.lstrip('.') for name, layer in net.named_modules()
                         if isinstance(layer, torch.nn.Linear)}
 
     def begin(self, net, states, lr):

@@ -109,7 +109,7 @@ def test_a_stack_on_a_gpu_is_as_large_as_a_quarter_of_its_memory(monkeypatch):
         stacked.args = SimpleNamespace(compile=compiled, frac=C, device=torch.device('cuda', 0))
         assert Stacked.stack_size(stacked, net, 600) == size
 
-def test_a_stack_on_a_cpu_is_of_ten_or_as_many_as_a_cache_holds():
+def test_a_stack_on_a_cpu_has_ten_clients_or_compiled_1_MiB_of_weights():
     stacked = SimpleNamespace(size=1, K=100, nets=lambda: [None])
     for sizes, compiled, size in (
             ((784, 200, 10), 0, 10), ((784, 200, 10), 1, 1),        # 0.8 MB of weights

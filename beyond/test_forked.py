@@ -100,6 +100,39 @@ def test_if_one_ends_all_end_and_the_checkpoint_is_kept(data, tmp_path, who, cod
     if 'Ctrl-C' in who:
         assert 'interrupted after round' in out and err == ''
 
+def dying(words, said):
+    """As as_a_program, but that the children die at once."""
+    forked.Forked.child = lambda *_: os._exit(9)
+    as_a_program(words, said)
+
+def test_a_child_that_dies_before_it_has_joined_ends_the_run_in_a_line(data, tmp_path):    # noqa: F811
+    server, said = multiprocessing.get_context('forkserver'), (tmp_path / 'out', tmp_path / 'err')
+    process = server.Process(target=dying, args=(f'{WORDS} --data_dir {data}', said))
+    process.start()
+    process.join(30)
+    alive, _ = process.is_alive(), process.kill()
+    err = said[1].read_text()
+    assert not alive and process.exitcode == 1 and err.count('\n') == 1
+    assert 'has ended with exit code 9; no round has begun' in err
+
+def test_a_start_that_fails_half_way_leaves_nothing_behind(run, monkeypatch):      # noqa: F811
+    Process = multiprocessing.get_context('fork').Process
+    start, before = Process.start, signal.getsignal(signal.SIGINT)
+    def second_fails(process):
+        if multiprocessing.active_children():
+            raise BlockingIOError('no more processes')
+        start(process)
+    monkeypatch.setattr(Process, 'start', second_fails)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(BlockingIOError):
+            run('--processes 3 --frac 1')
+        assert torch.get_num_threads() == 2 and not multiprocessing.active_children()
+    finally:
+        torch.set_num_threads(threads)
+    assert signal.getsignal(signal.SIGINT) is before
+
 def test_an_error_in_a_child_ends_all(run, capfd):      # noqa: F811
     class Broken:
         def train(self, w, S_t, r):

@@ -254,12 +254,13 @@ def tables():
 def curves():
     """{net: [(E, B, iid, the best accuracy so far in percent after each round)]} of seed 0, for
     the cells of Tables 2 and 4; the latest curve of a cell that was run again."""
-    latest = {(row['table'], row['cell']): row for row in read('curves.csv') if row['table'] != '1'}
+    latest = {(row['table'], row['cell']): row for row in read('curves.csv')
+              if row['table'] != '1' and row['accuracies']}
     found = {}
-    for (_, cell), row in latest.items():
+    for (table, cell), row in latest.items():
         *net, E, B, iid = [part.split('=')[-1] for part in cell.split(',')]
         accuracies = (int(v) / 100 for v in row['accuracies'].split())
-        found.setdefault(net[0] if net else '2nn', []).append(
+        found.setdefault('2nn' if table == '4' else net[0], []).append(
             (E, B, iid, list(itertools.accumulate(accuracies, max))))
     return found
 
@@ -272,6 +273,8 @@ def figure():
         sys.exit('--figure: needs matplotlib, which is not installed; pip install matplotlib')
     found = curves()
     nets = [net for net in PANELS if net in found]
+    if not nets:
+        sys.exit('--figure: results/curves.csv has no curve of Table 2 or 4 yet; run a cell first')
     picture = Figure((10, 4 * len(nets)), layout='constrained')
     colours = {'10': 'C3', '50': 'C1', 'inf': 'C0'}
     dashes = {'1': ':', '5': '-.', '10': '--', '20': '-'}
