@@ -105,7 +105,7 @@ def dying(words, said):
     forked.Forked.child = lambda *_: os._exit(9)
     as_a_program(words, said)
 
-def test_a_child_that_dies_before_it_has_joined_ends_the_run_in_a_line(data, tmp_path):    # noqa: F811
+def test_a_child_that_dies_before_it_has_joined_ends_the_run(data, tmp_path):      # noqa: F811
     server, said = multiprocessing.get_context('forkserver'), (tmp_path / 'out', tmp_path / 'err')
     process = server.Process(target=dying, args=(f'{WORDS} --data_dir {data}', said))
     process.start()
