@@ -292,6 +292,7 @@ def figure():
             if axes.lines[1:]:
                 axes.legend(fontsize='small')
     picture.savefig(HERE / 'rounds.png', dpi=100)
+    print('written: results/rounds.png')
 
 #################################### The command line ####################################
 
@@ -382,4 +383,5 @@ def main():
         print(f'--- about {hours:.1f} hours left', file=sys.stderr, flush=True)
 
 if __name__ == '__main__':
-    main()
+    from options import run as quietly
+    quietly(main)
