@@ -109,7 +109,7 @@ def test_a_child_that_dies_before_it_has_joined_ends_the_run(data, tmp_path):   
     server, said = multiprocessing.get_context('forkserver'), (tmp_path / 'out', tmp_path / 'err')
     process = server.Process(target=dying, args=(f'{WORDS} --data_dir {data}', said))
     process.start()
-    process.join(30)
+    process.join(100)
     alive, _ = process.is_alive(), process.kill()
     err = said[1].read_text()
     assert not alive and process.exitcode == 1 and err.count('\n') == 1
