@@ -31,7 +31,7 @@ class Forked(Processes):
     """This process and its children."""
     died = None         # what has happened to a child, as text
     watcher = None      # the thread that waits for that
-    ending = False      # whether children may die
+    ending = False      # whether the children are to end
 
     def __init__(self, args):
         super().__init__(args)
@@ -153,8 +153,8 @@ class Forked(Processes):
 
     def finish(self, code):
         if code == 130 or self.died or code and not all(c.is_alive() for c in self.children):
-            GROUP.clear()       # there is nobody to talk to
             self.ending = True
+            GROUP.clear()       # there is nobody to talk to
         code = super().finish(code)
         self.ending = True
         return code

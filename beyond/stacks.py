@@ -143,7 +143,7 @@ class CompiledStack(Stack):
         began = time.perf_counter()
         at = torch.zeros(self.size, self.B, dtype=torch.int64, device=x.device)
         torch._logging.set_logs(dynamo=logging.ERROR)
-        logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)    # of CUDA
+        logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)   # no CUDA
         try:
             self.step(x[at], y[at], at.float())
         except Exception as e:      # whatever torch.compile and the C++ compiler raise
