@@ -67,7 +67,11 @@ class Forked(Processes):
                 for rank in range(1, self.size):
                     child = context.Process(target=self.child, args=(algorithm, rank, store),
                                             daemon=True)
-                    child.start()
+                    try:
+                        child.start()
+                    except OSError as e:
+                        fail(f'--processes {self.size}: this system does not start process {rank}: '
+                             f'{e}; give fewer')
                     self.children.append(child)
                 self.watch()
                 self.connect(store)

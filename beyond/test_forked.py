@@ -115,7 +115,7 @@ def test_a_child_that_dies_before_it_has_joined_ends_the_run(data, tmp_path):   
     assert not alive and process.exitcode == 1 and err.count('\n') == 1
     assert 'has ended with exit code 9; no round has begun' in err
 
-def test_a_start_that_fails_half_way_leaves_nothing_behind(run, monkeypatch):      # noqa: F811
+def test_a_start_that_fails_half_way_leaves_nothing_behind(run, monkeypatch, capsys):      # noqa: F811
     Process = multiprocessing.get_context('fork').Process
     start, before = Process.start, signal.getsignal(signal.SIGINT)
     def second_fails(process):
@@ -126,8 +126,11 @@ def test_a_start_that_fails_half_way_leaves_nothing_behind(run, monkeypatch):   
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(BlockingIOError):
+        with pytest.raises(SystemExit) as e:
             run('--processes 3 --frac 1')
+        assert e.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(
+            'error: --processes 3: this system does not start process 2: no more processes; '
+            'give fewer')
         assert torch.get_num_threads() == 2 and not multiprocessing.active_children()
     finally:
         torch.set_num_threads(threads)
