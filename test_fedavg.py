@@ -655,9 +655,14 @@ def test_the_plays_are_what_the_flags_say():
     x = torch.cat([train.tensors[0], test.tensors[0]])
     assert (x != 0).all() and (x[:, -1] >= 0).any()         # all known; none is cut
 
+def test_eta_is_good_for_the_data_unless_it_is_given():
+    text = '--dataset shakespeare --model lstm'.split()
+    etas = [options.args_parser(argv).lr for argv in ([], text, [*text, '--lr', '1'])]
+    assert etas == [0.1, 1.47, 1]
+
 @pytest.mark.parametrize('iid', [0, 1])
 def test_the_lines_of_shakespeare_train(tmp_path, monkeypatch, iid):
-    words = f'--dataset shakespeare --model lstm --iid {iid} --local_bs 5 --lr 1 --frac 1 --gpu -1'
+    words = f'--dataset shakespeare --model lstm --iid {iid} --local_bs 5 --frac 1 --gpu -1'
     folder = write_plays(tmp_path, monkeypatch)
     history = fedavg.main([*words.split(), '--epochs', '6', '--data_dir', folder])
     losses = [row['test_loss'] for row in history]
