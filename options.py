@@ -208,8 +208,8 @@ def flags(add):
     add('local_bs', 10, batch_size,
         "B, local batch size, 'inf' for all of a client's data; the paper has 10, 50 and inf")
     add('lr', None, number(float, 0, 1e9, above=True),
-        'eta, local learning rate; the paper picks it per cell of a table; for images, here 0.1 was '
-        'good with B = 10 and 0.5 with B = inf (default 0.1; of shakespeare 1.47)')
+        'eta, local learning rate; the paper picks it per cell of a table; for images, 0.1 was '
+        'good here with B = 10 and 0.5 with B = inf (default 0.1; of shakespeare 1.47)')
     add('lr_decay', 1.0, number(float, 0, 1, above=True),
         'eta is multiplied by this each round; the paper has 0.99 on CIFAR')
     add('momentum', 0.0, number(float, 0, 0.9999), 'momentum of the local SGD; the paper has none')

@@ -115,7 +115,7 @@ def test_a_child_that_dies_before_it_has_joined_ends_the_run(data, tmp_path):   
     assert not alive and process.exitcode == 1 and err.count('\n') == 1
     assert 'has ended with exit code 9; no round has begun' in err
 
-def test_a_start_that_fails_half_way_leaves_nothing_behind(run, monkeypatch, capsys):      # noqa: F811
+def test_a_start_that_fails_half_way_leaves_nothing(run, monkeypatch, capsys):      # noqa: F811
     Process = multiprocessing.get_context('fork').Process
     start, before = Process.start, signal.getsignal(signal.SIGINT)
     def second_fails(process):
