@@ -3,16 +3,18 @@ results/reproduce.csv; goes on where it was stopped. Curves of seed 0 go into re
 
     python results/reproduce.py --data_dir DIR --table 4            # all of it, the cheapest first
     python results/reproduce.py --data_dir DIR --table 4 --cell E=10,B=inf,iid=0 --seeds 1
+    python results/reproduce.py --data_dir DIR --cell lstm,E=5,B=10,iid=0 --seeds 1 --lr 1.4678
     python results/reproduce.py --show                              # what has been run, as Markdown
     python results/reproduce.py --data_dir DIR --table 4 --cell E=1,B=10 --check_eta
     python results/reproduce.py --figure                            # results/rounds.png
 
 A cell's eta is the one of a grid with resolution 10^(1/3) (lstm: 10^(1/6)) that took the fewest
-rounds on seed 7, in results/eta.csv; where that has none it is searched for first. A run that takes
-more than 1.5 times the paper's rounds is a miss (more than 1500 where the paper has a dash); its
-rounds are blank, as those of a run that diverges and, in eta.csv, of one that is no better than the
-best before it. The seconds are those since the run was last started. --check_eta runs a cell's eta
-and both its neighbours in the grid on two more seeds, for at most twice its eta's rounds.
+rounds on seed 7, in results/eta.csv; where that has none it is searched for first, or --lr is
+taken. A run that takes more than 1.5 times the paper's rounds is a miss (more than 1500 where the
+paper has a dash); its rounds are blank, as those of a run that diverges and, in eta.csv, of one
+that is no better than the best before it. The seconds are those since the run was last started.
+--check_eta runs a cell's eta and both its neighbours in the grid on two more seeds, for at most
+twice its eta's rounds.
 """
 import argparse
 import csv
@@ -305,6 +307,7 @@ def parsed():
     parser.add_argument('--cell', help='as E=10,B=inf,iid=0: those that have all of these parts')
     parser.add_argument('--seeds', type=int, choices=range(1, SEED + 1),
                         help='how many; 3 if not given, but for C=0 and B=inf 1')
+    parser.add_argument('--lr', type=float, help='eta, which is then not searched for')
     parser.add_argument('--more', default='', help='flags for every run, as "--compile 1"; nothing '
                         'that a result depends on')
     parser.add_argument('--check_eta', action='store_true',
@@ -333,15 +336,15 @@ def missing(args, found):
     for key, (words, paper) in found.items():
         n = args.seeds or (1 if 'C=0.0' in key[1] or 'B=inf' in key[1] else 3)
         seeds = [seed for seed in range(n) if (setting(words), str(seed)) not in done]
-        runs = len(seeds) + 4 * (not tried(words))      # 4 runs search for eta
+        runs = len(seeds) + 4 * (not tried(words) and not args.lr)      # 4 runs search for eta
         if seeds:
             todo[key] = seeds, cost(words) * (paper or UNKNOWN) * runs
     return dict(sorted(todo.items(), key=lambda item: item[1][1]))
 
-def reproduce(key, words, paper, seeds, data_dir):
-    """Runs a cell for the seeds."""
+def reproduce(key, words, paper, seeds, data_dir, lr=None):
+    """Runs a cell for the seeds, with the eta given or the best one."""
     table, cell = key
-    lr = search(table, cell, words, paper, data_dir)
+    lr = lr or search(table, cell, words, paper, data_dir)
     for seed in seeds:
         reached, seconds, accuracies = '', 0, []
         if lr:
@@ -376,7 +379,7 @@ def main():
     for key, (seeds, guess) in todo.items():
         (words, paper), began = found[key], time.time()
         words = f'{args.more} {words}'.strip()
-        reproduce(key, words, paper, seeds, os.path.abspath(args.data_dir))
+        reproduce(key, words, paper, seeds, os.path.abspath(args.data_dir), args.lr)
         remaining -= guess
         speed.append((time.time() - began) / guess)
         hours = statistics.median(speed) * remaining / 3600

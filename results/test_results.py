@@ -84,6 +84,10 @@ def test_a_cell_of_two_tables_is_run_once(monkeypatch, tmp_path):
     assert ran == [(0.0464, 7), (0.0215, 7), (0.1, 7), (0.2154, 7), (0.1, 0), (0.1, 1)]
     assert [row['table'] for row in reproduce.read('reproduce.csv')] == ['2', '2']
     assert len(reproduce.read('curves.csv')) == 1
+    argv = 'reproduce.py --cell lstm,E=5,B=10,iid=0 --seeds 1 --lr 1.4678'
+    monkeypatch.setattr('sys.argv', argv.split())
+    reproduce.main()
+    assert ran[6:] == [(1.4678, 0)] and reproduce.read('reproduce.csv')[2]['lr'] == '1.4678'
 
 def test_eta_and_its_neighbours_are_checked_on_two_more_seeds(monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, 'HERE', tmp_path)
