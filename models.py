@@ -154,8 +154,9 @@ class CharLSTM(nn.Module):
 
     x (B, T): numbers of characters, -1 after the end of a line. It gives (B, num_classes, T).
 
-    818,595 parameters for 75 classes. The paper's 866,578 would be those of 258 classes with one
-    bias for each gate, where torch has two, and peepholes (3 x 256 a layer), which torch lacks.
+    818,595 parameters for 75 classes. The paper's 866,578 fit 258 classes (256 bytes and two more,
+    say) with one bias for each gate, where torch has two, and peepholes (3 x 256 a layer), which
+    torch lacks.
     """
     def __init__(self, args):
         super().__init__()

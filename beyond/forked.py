@@ -70,8 +70,8 @@ class Forked(Processes):
                     try:
                         child.start()
                     except OSError as e:
-                        fail(f'--processes {self.size}: this system does not start process {rank}: '
-                             f'{e}; give fewer')
+                        fail(f'--processes {self.size}: process {rank} could not be started ({e}); '
+                             'give fewer')
                     self.children.append(child)
                 self.watch()
                 self.connect(store)

@@ -12,7 +12,9 @@ from options import fail, number
 
 def flags(add):
     """--optimizer, --mu, --bf16."""
-    add('optimizer', 'sgd', str, 'local optimizer; the paper has SGD', choices=('sgd', 'adamw'))
+    add('optimizer', 'sgd', str,
+        'local optimizer; the paper has SGD; for adamw, an --lr such as 0.001 is good',
+        choices=('sgd', 'adamw'))
     add('mu', 0.0, number(float, 0, 1e9),
         "FedProx: mu / 2 |w - w_t|^2 is added to each client's loss")
     add('bf16', 0, bool, '1: clients train in bfloat16 by autocast, which is faster on GPUs and, '

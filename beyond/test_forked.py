@@ -129,8 +129,7 @@ def test_a_start_that_fails_half_way_leaves_nothing(run, monkeypatch, capsys):  
         with pytest.raises(SystemExit) as e:
             run('--processes 3 --frac 1')
         assert e.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(
-            'error: --processes 3: this system does not start process 2: no more processes; '
-            'give fewer')
+            '--processes 3: process 2 could not be started (no more processes); give fewer')
         assert torch.get_num_threads() == 2 and not multiprocessing.active_children()
     finally:
         torch.set_num_threads(threads)

@@ -3,18 +3,18 @@ results/reproduce.csv; goes on where it was stopped. Curves of seed 0 go into re
 
     python results/reproduce.py --data_dir DIR --table 4            # all of it, the cheapest first
     python results/reproduce.py --data_dir DIR --table 4 --cell E=10,B=inf,iid=0 --seeds 1
-    python results/reproduce.py --data_dir DIR --cell lstm,E=5,B=10,iid=0 --seeds 1 --lr 1.4678
+    python results/reproduce.py --data_dir DIR --cell lstm,E=5,B=10,iid=0 --lr 1.4678
     python results/reproduce.py --show                              # what has been run, as Markdown
     python results/reproduce.py --data_dir DIR --table 4 --cell E=1,B=10 --check_eta
     python results/reproduce.py --figure                            # results/rounds.png
 
 A cell's eta is the one of a grid with resolution 10^(1/3) (lstm: 10^(1/6)) that took the fewest
-rounds on seed 7, in results/eta.csv; where that has none it is searched for first, or --lr is
-taken. A run that takes more than 1.5 times the paper's rounds is a miss (more than 1500 where the
-paper has a dash); its rounds are blank, as those of a run that diverges and, in eta.csv, of one
-that is no better than the best before it. The seconds are those since the run was last started.
---check_eta runs a cell's eta and both its neighbours in the grid on two more seeds, for at most
-twice its eta's rounds.
+rounds on seed 7, in results/eta.csv; where that has none it is searched for first. --lr takes
+another one, without a search. A run that takes more than 1.5 times the paper's rounds is a miss
+(more than 1500 where the paper has a dash); its rounds are blank, as those of a run that diverges
+and, in eta.csv, of one that is no better than the best before it. The seconds are those since the
+run was last started. --check_eta runs a cell's eta and both its neighbours in the grid on two more
+seeds, for at most twice its eta's rounds.
 """
 import argparse
 import csv
@@ -219,7 +219,8 @@ def shown(rows):
         said = f'{len(rows) - len(reached)} of {len(rows)} missed{others}'
     else:
         said = f'**{statistics.mean(reached):.1f}** ({spread})'
-    return f'{said}, η {float(rows[0]["lr"]):g}' if rows[0]['lr'] else said
+    etas = sorted({float(row['lr']) for row in rows if row['lr']})
+    return ', '.join([said, *(f'η {eta:g}' for eta in etas)])
 
 def columns(table):
     """The columns of a table, each a dict of what its cells have in common."""
@@ -307,7 +308,7 @@ def parsed():
     parser.add_argument('--cell', help='as E=10,B=inf,iid=0: those that have all of these parts')
     parser.add_argument('--seeds', type=int, choices=range(1, SEED + 1),
                         help='how many; 3 if not given, but for C=0 and B=inf 1')
-    parser.add_argument('--lr', type=float, help='eta, which is then not searched for')
+    parser.add_argument('--lr', type=float, help='an eta for the cells, instead of a search')
     parser.add_argument('--more', default='', help='flags for every run, as "--compile 1"; nothing '
                         'that a result depends on')
     parser.add_argument('--check_eta', action='store_true',
@@ -315,7 +316,10 @@ def parsed():
     parser.add_argument('--show', action='store_true', help='the table of what has been run')
     parser.add_argument('--figure', action='store_true',
                         help='the curves of seed 0, which needs matplotlib')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.lr is not None and (args.lr <= 0 or not args.cell or args.check_eta):
+        parser.error(f'--lr {args.lr}: is above 0, and goes with --cell, without --check_eta')
+    return args
 
 def chosen(args):
     """{(table, cell): (flags, the paper's rounds)} that the command line asks for; a cell that

@@ -84,10 +84,28 @@ def test_a_cell_of_two_tables_is_run_once(monkeypatch, tmp_path):
     assert ran == [(0.0464, 7), (0.0215, 7), (0.1, 7), (0.2154, 7), (0.1, 0), (0.1, 1)]
     assert [row['table'] for row in reproduce.read('reproduce.csv')] == ['2', '2']
     assert len(reproduce.read('curves.csv')) == 1
-    argv = 'reproduce.py --cell lstm,E=5,B=10,iid=0 --seeds 1 --lr 1.4678'
-    monkeypatch.setattr('sys.argv', argv.split())
-    reproduce.main()
-    assert ran[6:] == [(1.4678, 0)] and reproduce.read('reproduce.csv')[2]['lr'] == '1.4678'
+
+def test_an_eta_can_be_given_and_is_shown(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(reproduce, 'HERE', tmp_path)
+    ran = []
+    def run(words, lr, seed, *_):
+        ran.append((lr, seed))
+        return '30.0', 9, [0.5, 0.99]
+    monkeypatch.setattr(reproduce, 'run', run)
+    words, paper = reproduce.cells()[2, 'lstm,E=5,B=10,iid=0']
+    reproduce.write('eta.csv', (2, 'lstm,E=5,B=10,iid=0', words, 1.0, 7, '40.0', 9, '', paper))
+    for more in '--seeds 1 --lr 1.4678', '--seeds 2 --lr 2':
+        argv = f'reproduce.py --cell lstm,E=5,B=10,iid=0 {more}'
+        monkeypatch.setattr('sys.argv', argv.split())
+        reproduce.main()
+    assert ran == [(1.4678, 0), (2, 1)]
+    reproduce.tables()
+    assert '| 41 | **30.0** (30.0 to 30.0), η 1.4678, η 2 |' in capsys.readouterr().out
+    for wrong in '--lr 0 --cell E=1', '--lr 1', '--lr 1 --cell E=1 --check_eta':
+        monkeypatch.setattr('sys.argv', ['reproduce.py', *wrong.split()])
+        with pytest.raises(SystemExit):
+            reproduce.main()
+        assert 'goes with --cell' in capsys.readouterr().err
 
 def test_eta_and_its_neighbours_are_checked_on_two_more_seeds(monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, 'HERE', tmp_path)
