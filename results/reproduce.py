@@ -294,6 +294,8 @@ def figure():
                      ylim=(lowest, target + (target - lowest) / 17))
             if axes.lines[1:]:
                 axes.legend(fontsize='small')
+            else:
+                axes.text(0.5, 0.5, 'not run', transform=axes.transAxes, ha='center')
     picture.savefig(HERE / 'rounds.png', dpi=100)
     print('written: results/rounds.png')
 
