@@ -107,7 +107,7 @@ def run(words, lr, seed, rounds, data_dir):
     words = f'{words} --lr {lr} --seed {seed}'
     checkpoint = HERE / (words.replace('--', '').replace(' ', '_') + '.pt')
     began = time.time()
-    pace = '--processes 2' if '--model lstm' in words else '--processes 1 --save_every 10'
+    pace = '--processes 2 --bs 50' if '--model lstm' in words else '--processes 1 --save_every 10'
     argv = f'{words} --epochs {rounds} {pace} --data_dir {data_dir}'.split()
     argv += ['--checkpoint', str(checkpoint)] + ['--resume'] * checkpoint.exists()
     try:
