@@ -89,7 +89,7 @@ def test_a_recipe_runs(number, tmp_path, monkeypatch, data):        # noqa: F811
 def test_the_readmes_commands_run(tmp_path, run, monkeypatch):      # noqa: F811
     monkeypatch.chdir(tmp_path)
     text = (HERE / 'README.md').read_text() + (HERE / 'beyond/README.md').read_text()
-    commands = re.findall(r'^ +python fedavg\.py (--[^#`\n]*)', text, re.M)
+    commands = re.findall(r'^ +python fedavg\.py (--[^#`\n]*)', text.replace('\\\n', ' '), re.M)
     assert len(commands) > 20
     plays = write_plays(tmp_path, monkeypatch)
     for name in ('teacher.pt', 'run.pt'):
