@@ -241,7 +241,7 @@ def flags(add):
 def check(args):
     """What no single flag can see: values that contradict each other or the data. Fills in the
     clients, eta, channels and classes of the data sets that it knows."""
-    args.lr = args.lr or (1.47 if args.dataset == 'shakespeare' else 0.1)       # none is 0
+    args.lr = args.lr or (1.47 if args.dataset == 'shakespeare' else 0.1)    # --lr is above 0
     check_text(args)
     n, channels, classes = DATASETS.get(args.dataset, (math.inf, None, None))
     for name, known in (('num_channels', channels), ('num_classes', classes)):

@@ -13,7 +13,7 @@ from options import fail, number
 def flags(add):
     """--optimizer, --mu, --bf16."""
     add('optimizer', 'sgd', str,
-        'local optimizer; the paper has SGD; for adamw, an --lr such as 0.001 is good',
+        'local optimizer; the paper has SGD; with adamw try --lr 0.001',
         choices=('sgd', 'adamw'))
     add('mu', 0.0, number(float, 0, 1e9),
         "FedProx: mu / 2 |w - w_t|^2 is added to each client's loss")

@@ -347,9 +347,9 @@ def missing(args, found):
             todo[key] = seeds, cost(words) * (paper or UNKNOWN) * runs
     return dict(sorted(todo.items(), key=lambda item: item[1][1]))
 
-def reproduce(key, words, paper, seeds, data_dir, lr=None):
-    """Runs a cell for the seeds, with the eta given or the best one."""
-    table, cell = key
+def reproduce(key, flags_and_paper, seeds, data_dir, lr):
+    """Runs a cell for the seeds, with the eta given or, if it is None, the best one."""
+    (table, cell), (words, paper) = key, flags_and_paper
     lr = lr or search(table, cell, words, paper, data_dir)
     for seed in seeds:
         reached, seconds, accuracies = '', 0, []
@@ -385,7 +385,7 @@ def main():
     for key, (seeds, guess) in todo.items():
         (words, paper), began = found[key], time.time()
         words = f'{args.more} {words}'.strip()
-        reproduce(key, words, paper, seeds, os.path.abspath(args.data_dir), args.lr)
+        reproduce(key, (words, paper), seeds, os.path.abspath(args.data_dir), args.lr)
         remaining -= guess
         speed.append((time.time() - began) / guess)
         hours = statistics.median(speed) * remaining / 3600
