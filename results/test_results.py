@@ -211,8 +211,9 @@ def test_settings_are_measured_once(monkeypatch, capsys, tmp_path):
     assert '| `--quantize 1` | 1 of 2 missed |  |  | not run |  |  |' in lines
 
 def test_the_figures_have_one_curve_of_what_was_run_twice(monkeypatch, tmp_path):
-    Figure, drawn = pytest.importorskip('matplotlib.figure').Figure, []
+    Figure, drawn, said = pytest.importorskip('matplotlib.figure').Figure, [], []
     def savefig(self, *_, **__):
+        said.append([text.get_text() for axes in self.axes for text in axes.texts])
         drawn.append([[line.get_ydata()[-1] for line in axes.lines] for axes in self.axes])
     monkeypatch.setattr(Figure, 'savefig', savefig)
     for module in (reproduce, wire):
@@ -228,3 +229,4 @@ def test_the_figures_have_one_curve_of_what_was_run_twice(monkeypatch, tmp_path)
     wire.figure()
     rounds, megabytes = drawn           # each panel's last line is the target
     assert rounds == [[95, 97], [97], [54], [95, 54]] and megabytes[0] == [95, 97]
+    assert said[0] == ['not run', 'not run']
