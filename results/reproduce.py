@@ -213,12 +213,13 @@ def shown(rows):
     reached = [float(row['rounds']) for row in rows if row['rounds']]
     if not rows:
         return 'not run'
-    spread = f'{min(reached):.1f} to {max(reached):.1f}' if len(reached) > 1 else 'one seed'
+    ends = sorted(reached)[::max(len(reached) - 1, 1)]      # the fewest and the most
+    spread = ' to '.join(f'{v:.1f}' for v in ends)
     if len(reached) < len(rows):
-        others = f' ({spread} of the others)' if len(reached) > 1 else ''
-        said = f'{len(rows) - len(reached)} of {len(rows)} missed{others}'
+        rest = f' (the rest: {spread})' if reached else ''
+        said = f'{len(rows) - len(reached)} of {len(rows)} missed{rest}'
     else:
-        said = f'**{statistics.mean(reached):.1f}** ({spread})'
+        said = f'**{statistics.mean(reached):.1f}** ({spread if reached[1:] else "one seed"})'
     etas = sorted({float(row['lr']) for row in rows if row['lr']})
     return ', '.join([said, *(f'η {eta:g}' for eta in etas)])
 

@@ -135,7 +135,8 @@ def test_the_paper_and_here_stand_side_by_side(monkeypatch, capsys, tmp_path):
         return reproduce.shown([{'rounds': r, 'lr': lr} for r in rounds])
     assert shown() == 'not run' and shown('29.4') == '**29.4** (one seed), η 0.0464'
     assert shown('29.0', '30.0', '34.0') == '**31.0** (29.0 to 34.0), η 0.0464'
-    assert shown('29.0', '', '34.0') == '1 of 3 missed (29.0 to 34.0 of the others), η 0.0464'
+    assert shown('29.0', '', '34.0') == '1 of 3 missed (the rest: 29.0 to 34.0), η 0.0464'
+    assert shown('', '29.0') == '1 of 2 missed (the rest: 29.0), η 0.0464'
     assert shown('', lr='') == '1 of 1 missed'
     monkeypatch.setattr(reproduce, 'HERE', tmp_path)
     words, paper = reproduce.cells()[2, 'paper_cnn,E=5,B=10,iid=1']
