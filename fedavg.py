@@ -39,9 +39,9 @@ from torch.utils.data import TensorDataset, default_collate
 class LocalUpdate:
     """ClientUpdate(k, w): E epochs of SGD in batches of B over the examples that client k holds.
     args: needs local_ep (E), local_bs (B, math.inf for all at once), lr, momentum and device.
-    dataset: any map-style (float32 image tensor, label) data set; it is read once, or, if it has
-    a random transform, for each batch. idxs: the client's indices into it. Raises ValueError if
-    there are none, or one of them or a label is not a whole number. Subclasses override steps."""
+    dataset: any map-style (float32 image tensor, label) data set; what is read is kept, so that
+    later changes to it are not seen, unless a transform is random. idxs: the client's indices into
+    it. Raises ValueError if there are none, or if one or a label is not a whole number."""
     stacks = True       # the hooks also accept parameters stacked over m clients, (m, ...)
     def __init__(self, args, dataset, idxs):
         self.args = args
@@ -188,7 +188,7 @@ class Stop(Exception):
     """Ends the run, which keeps its last whole round: Stop(line, exit code)."""
 
 class Server:
-    """Algorithm 1's server. Its steps do not call one another; main() does."""
+    """Algorithm 1's server. Its steps do not call one another; algorithm_1() calls them."""
     Client, Update, Round, Stop = LocalUpdate, Update, Round, Stop      # as rooms find them
     evaluate = staticmethod(evaluate)
     sampling = property(lambda self: importlib.import_module('sampling'))
@@ -326,7 +326,7 @@ def algorithm_1(server):
             print(server.describe(row), flush=True)
     except (Stop, KeyboardInterrupt) as stop:
         line, code = stop.args or (f'\ninterrupted after round {len(server.history)}', 130)
-        print(line, file=sys.stderr if code == 1 and server.rank == 0 else sys.stdout)
+        print(line, file=sys.stderr if code != 130 and server.rank == 0 else sys.stdout)
     code = server.finish(code)
     return sys.exit(code) if code else server.history
 

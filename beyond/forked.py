@@ -145,7 +145,7 @@ class Forked(Processes):
     def interrupted(self, *_):
         """Ctrl-C, or the death of a child."""
         if self.died:
-            raise self.Stop(f'{self.died}; all processes end, and the last round is kept', 1)
+            raise self.Stop(f'{self.died}; all processes end, and the last round is kept', 3)
         raise KeyboardInterrupt
 
     def broken(self):
@@ -153,7 +153,7 @@ class Forked(Processes):
         if self.rank:
             os._exit(1)
         time.sleep(1)       # wait_for_death, or Ctrl-C, says more
-        raise self.Stop('another process has gone', 1)
+        raise self.Stop('another process has gone', 3)
 
     def finish(self, code):
         if code == 130 or self.died or code and not all(c.is_alive() for c in self.children):

@@ -72,7 +72,7 @@ def as_a_program(words, said):
     fedavg.main(words.split())
 
 @pytest.mark.parametrize('who, code', [
-    ('child', 1), ('parent', -9), ('Ctrl-C', 130), ('Ctrl-C for the parent', 130)])
+    ('child', 3), ('parent', -9), ('Ctrl-C', 130), ('Ctrl-C for the parent', 130)])
 def test_if_one_ends_all_end_and_the_checkpoint_is_kept(data, tmp_path, who, code):     # noqa: F811
     server, said = multiprocessing.get_context('forkserver'), (tmp_path / 'out', tmp_path / 'err')
     server.set_forkserver_preload(['fedavg', 'beyond.test_forked'])
@@ -144,7 +144,7 @@ def test_an_error_in_a_child_ends_all(run, capfd):      # noqa: F811
     with pytest.raises(SystemExit) as e:
         run('--processes 2 --frac 1', Broken)
     err = capfd.readouterr().err
-    assert e.value.code == 1 and 'the disk of this one is gone' in err
+    assert e.value.code == 3 and 'the disk of this one is gone' in err
     assert 'process 1 has ended with exit code 1' in err
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -10,11 +10,11 @@ results/reproduce.csv; goes on where it was stopped. Curves of seed 0 go into re
 
 A cell's eta is the one of a grid with resolution 10^(1/3) (lstm: 10^(1/6)) that took the fewest
 rounds on seed 7, in results/eta.csv; where that has none it is searched for first. --lr takes
-another one, without a search. A run that takes more than 1.5 times the paper's rounds is a miss
-(more than 1500 where the paper has a dash); its rounds are blank, as those of a run that diverges
-and, in eta.csv, of one that is no better than the best before it. The seconds are those since the
-run was last started. --check_eta runs a cell's eta and both its neighbours in the grid on two more
-seeds, for at most twice its eta's rounds.
+another one, without a search, for the seeds that have no row yet. A run that takes more than 1.5
+times the paper's rounds is a miss (more than 1500 where the paper has a dash); its rounds are
+blank, as those of a run that diverges and, in eta.csv, of one that is no better than the best
+before it. The seconds are those since the run was last started. --check_eta runs a cell's eta and
+both its neighbours in the grid on two more seeds, for at most twice its eta's rounds.
 """
 import argparse
 import csv

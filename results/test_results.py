@@ -50,7 +50,8 @@ def test_eta_is_searched_where_rounds_become_fewer(monkeypatch, best, tried):
         known.update({0.0464: math.inf, 0.1: 1.0})
         assert search(5, 0) == 0.1 and asked == [0.2154]
 
-def test_a_cells_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path, data):     # noqa: F811
+@pytest.mark.parametrize('stop', [KeyboardInterrupt(), fedavg.Stop('a process has died', 3)])
+def test_a_cells_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path, data, stop):   # noqa: F811
     monkeypatch.setattr(reproduce, 'HERE', tmp_path)
     words, done = '--gpu -1 --num_users 10 --frac 0.3 --target 0.999', []
     whole = reproduce.run(words, 0.1, 0, 4, data)
@@ -58,7 +59,7 @@ def test_a_cells_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path, data): 
     def watched(self, row):
         done.append(row['round'])
         if len(done) == 2:
-            raise KeyboardInterrupt
+            raise stop
         return describe(self, row)
     monkeypatch.setattr(fedavg.Server, 'describe', watched)
     with pytest.raises(SystemExit):
