@@ -187,7 +187,7 @@ class Records(Room):
         """Replaces the checkpoint."""
         content = io.BytesIO()
         torch.save(self.content(), content)
-        replace('checkpoint', self.file, content.getbuffer())
+        replace('checkpoint', self.file, content.getvalue())
 
     def content(self):
         """What the checkpoint holds."""
@@ -239,7 +239,7 @@ class Records(Room):
         if self.history and self.args.plot and self.rank == 0:
             picture, kind = io.BytesIO(), self.args.plot.rpartition('.')[2].lower()
             plot(picture, kind, self.history)
-            replace('plot', self.args.plot, picture.getbuffer())
+            replace('plot', self.args.plot, picture.getvalue())
         if 'accuracies' in self.notes():
             self.rewrite_log()
         return code
