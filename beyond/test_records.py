@@ -337,6 +337,9 @@ def test_plot_is_drawn(run, tmp_path, monkeypatch):     # noqa: F811
 def test_files_that_cannot_be_are_refused(refused, tmp_path, monkeypatch):      # noqa: F811
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sampling, 'load', lambda *_: pytest.fail('data were read'))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec',
+                        lambda name: name == 'matplotlib' or found(name))
     for words, said in (
             ('--csv /dev/null', 'not a file'), ('--csv /no/such/folder/l.csv', '--csv'),
             ('--checkpoint /', '--checkpoint'), ('--save_every 0', '--save_every'),
