@@ -41,7 +41,7 @@ class LocalUpdate:
     args: needs local_ep (E), local_bs (B, math.inf for all at once), lr, momentum and device.
     dataset: any map-style (float32 image tensor, label) data set; what is read is kept, so that
     later changes to it are not seen, unless a transform is random. idxs: the client's indices into
-    it. Raises ValueError if there are none, or if one or a label is not a whole number."""
+    it. Raises ValueError if there are none, or if an index or a label is no whole number."""
     stacks = True       # the hooks also accept parameters stacked over m clients, (m, ...)
     def __init__(self, args, dataset, idxs):
         self.args = args
@@ -326,7 +326,7 @@ def algorithm_1(server):
             print(server.describe(row), flush=True)
     except (Stop, KeyboardInterrupt) as stop:
         line, code = stop.args or (f'\ninterrupted after round {len(server.history)}', 130)
-        print(line, file=sys.stderr if code != 130 and server.rank == 0 else sys.stdout)
+        print(line, file=sys.stderr if code not in (0, 130) and server.rank == 0 else sys.stdout)
     code = server.finish(code)
     return sys.exit(code) if code else server.history
 

@@ -76,6 +76,10 @@ class Forked(Processes):
                 self.watch()
                 self.connect(store)
                 return super().launch(algorithm)
+            except self.Stop as stop:       # after the last round, as --personal trains
+                line, code = stop.args
+                print(line, file=sys.stderr)
+                sys.exit(code)
             finally:
                 self.ending = True
                 if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,5 @@
 """Engines: stacks train as the loop does, through the same hooks, or leave it to the loop."""
+import inspect
 import itertools
 import math
 import shutil
@@ -218,6 +219,18 @@ def test_a_comment_is_no_edit_and_batchnorm_is_left_to_the_loop():
     recurrent = nn.ModuleDict({'memory': nn.GRU(4, 4)})
     assert unstackable(fedavg.LocalUpdate, fedavg.Server, recurrent) == (
         'vmap does not take memory, a GRU')
+
+def test_an_edit_of_the_indentation_alone_is_an_edit(monkeypatch):
+    before, source = fingerprint(fedavg.Server.train), inspect.getsource(fedavg.Server.train)
+    moved = source.replace('            yield', '        yield')
+    monkeypatch.setattr(inspect, 'getsource', lambda function: moved)
+    assert moved != source and fingerprint(fedavg.Server.train) not in (before, 'unknown')
+
+def test_what_python_adds_to_a_class_is_no_hook(monkeypatch):
+    monkeypatch.setattr(fedavg.LocalUpdate, '__firstlineno__', 1, raising=False)    # of 3.13
+    class Plain(fedavg.LocalUpdate):
+        __firstlineno__ = 2
+    assert unstackable(Plain, fedavg.Server, nn.Linear(2, 2)) is None
 
 def test_an_edit_of_the_servers_training_is_never_without_effect(
         run, monkeypatch, capsys):      # noqa: F811

@@ -149,6 +149,18 @@ def test_an_error_in_a_child_ends_all(run, capfd):      # noqa: F811
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
+def test_a_child_that_dies_after_the_last_round_is_a_line(run, capfd, tmp_path):    # noqa: F811
+    class Late:     # as --personal, which trains when all rounds are done
+        def finish(self, code):
+            if self.rank == 1:
+                os._exit(9)
+            self.all_sum([torch.ones(1)])
+            return super().finish(code)
+    with pytest.raises(SystemExit) as e:
+        run(f'--processes 2 --frac 1 --checkpoint {tmp_path}/c.pt --save_every 9', Late)
+    assert e.value.code == 3 and 'exit code 9; all processes end' in capfd.readouterr().err
+    assert weights(tmp_path / 'c.pt') and not multiprocessing.active_children()
+
 def test_a_run_that_all_processes_stop_ends_with_its_own_line(run, capsys):     # noqa: F811
     with pytest.raises(SystemExit) as e:
         run('--processes 2 --frac 1 --lr 1e9 --local_ep 5')
