@@ -277,11 +277,11 @@ def device(gpu):
     """torch's CUDA device `gpu`, an int or the first of a tuple, under torchrun the LOCAL_RANK-th
     after it; the CPU for -1, or if there is no CUDA."""
     import torch
-    first = gpu[0] if isinstance(gpu, tuple) else gpu
+    first, *other = gpu if isinstance(gpu, tuple) else (gpu,)
     index, there = first + int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if first == -1 or not there:
         return torch.device('cpu')
-    if index >= there:
+    if max([index, *other]) >= there:
         fail(f'--gpu {shown(gpu)}: this machine has {there} GPU{"s"[:there != 1]}; take 0 to '
              f'{there - 1}, one for each process, or -1 for the CPU', everyone=True)
     return torch.device('cuda', index)

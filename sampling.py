@@ -65,7 +65,8 @@ def holdings(args, K):
 
 def shape(args):
     """(shape of an example, its channels, number of classes) of args.dataset; a user's own is
-    loaded to find out. Raises ValueError if args.num_channels or num_classes are others."""
+    loaded to find out. Raises ValueError if args.num_channels or num_classes are others, but for
+    classes that a user's own data lack."""
     images, classes = (3, 32, 32) if args.dataset == 'cifar' else (1, 28, 28), 10
     if args.dataset == 'shakespeare':
         return (LINE,), None, len(VOCABULARY) + 1
@@ -73,6 +74,7 @@ def shape(args):
         train, test = own(args.dataset, args.data_dir)
         images = tuple(train.tensors[0].shape[1:])
         classes = int(max(data.tensors[1].max() for data in (train, test))) + 1
+        classes = max(classes, args.num_classes or 0)
     for flag, given, has in (('num_channels', args.num_channels, images[0]),
                              ('num_classes', args.num_classes, classes)):
         if given not in (None, has):

@@ -26,6 +26,7 @@ def flags(add):
         'their weight in the average, stays')
 
 CLASHES = (('balance', 'dp example', 'as a copy shows an example twice'),
+           ('balance', 'dp user', 'as what one client holds changes how much others train'),
            ('balance', 'dataset shakespeare', 'whose lines have no single label'),
            ('augment', 'dataset shakespeare', 'which has no images'))
 

@@ -136,4 +136,8 @@ def split(net, L):
         raise ValueError(f'{type(net).__name__} has no stages to cut it between (models.Net)')
     if not 0 < L < len(names):
         raise ValueError(f'{type(net).__name__} can be cut after layer 1 to {len(names) - 1}')
+    inside = [name for name, layer in net.named_children()
+              if name not in names and list(layer.parameters())]
+    if inside:
+        raise ValueError(f'{type(net).__name__} cannot be cut: {inside[0]} begins no stage')
     return Part(net, names[:L]), Part(net, names[L:])

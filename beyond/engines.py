@@ -87,6 +87,8 @@ def unstackable(Client, Server, net):
         norm = isinstance(module, torch.nn.modules.batchnorm._NormBase)
         if norm or list(module.buffers(recurse=False)):     # vmap cannot update them
             return f'{name or type(net).__name__} keeps running statistics or other buffers'
+    if len(net.state_dict()) > len(list(net.parameters())):
+        return f'{type(net).__name__} has a parameter of two names'
     return None
 
 @torch.no_grad()

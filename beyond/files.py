@@ -41,8 +41,8 @@ def written(flag, path):
 
 def append(flag, path, text):
     """Adds a line to the file at path, or, if it cannot, leaves the file as it was."""
-    size = os.path.getsize(path)
     with written(flag, path):
+        size = os.path.getsize(path)
         try:
             with open(path, 'a', newline='') as f:
                 f.write(text)

@@ -44,10 +44,13 @@ class Forked(Processes):
 
     def load(self, state):
         super().load(state)
-        if state and not self.args.processes:       # the same number gives the same bits
+        cpu = self.args.device.type == 'cpu'
+        if state and cpu and not self.args.processes:       # the same number gives the same bits
             self.size = state['processes']
 
     def prepare(self):
+        if self.size > 1 and not hasattr(os, 'fork'):
+            fail(f'--processes {self.size}: this system cannot fork; take --processes 1')
         if self.size > 1:
             torch.set_num_threads(1)        # a child cannot have more, nor code compiled for it
         super().prepare()

@@ -160,7 +160,8 @@ class PersonalLayers(Room):
         return w | {name: part for name, part in shaped(v, w).items() if stay[name].any()}
 
     def keep(self, u, x, payload, r):
-        return super().keep(u, x, payload, r) | {'layers': flat(u.w)[self.stay]}
+        v, kept = flat(u.w), super().keep(u, x, payload, r)
+        return kept | {'layers': v[self.stay]} if v.isfinite().all() else kept
 
     def lent(self, k):
         layers = {'layers': self.layers[k]} if k in self.layers else {}

@@ -55,9 +55,6 @@ def check(args):
         fail(f'--dp {args.dp}: give either --noise z or --epsilon')
     if args.dp == 'user' and not args.frac:
         fail('--dp user: a client is sampled with probability --frac; give one above 0')
-    if args.dp == 'user' and args.secagg and args.deadline:
-        fail(f'--deadline {args.deadline:g}: with --dp user and --secagg, what one client holds '
-             'would decide whether there is a sum; leave one of them out')
 
 class Accounted(Room):
     """Knows what the rounds cost, finds the noise for --epsilon, and stops when that is spent.
@@ -121,14 +118,13 @@ class PrivateServer(Accounted):
         super().prepare()
         if not self.args.secagg:
             return
-        limit = self.delta / 10
         if self.agreed is None:       # a resumed run's is what it was
             most = math.ceil(round(self.args.threshold * self.args.frac * self.K, 9))
             self.agreed = self.least
-            while self.agreed < most and self.leak(self.agreed + 1) <= limit:
+            while self.agreed < most and self.leak(self.agreed + 1) <= self.delta / 10:
                 self.agreed += 1
         leak = self.leak(self.agreed)
-        if leak > limit:
+        if leak > self.delta / 10:
             fail(f'--secagg 1: one client decides whether {self.agreed} stay, with probability '
                  f'{leak:.2g}, above a tenth of delta; take more clients, more --frac, less --drop '
                  'or fewer --epochs', everyone=True)
@@ -219,6 +215,10 @@ class PrivateExamples(Accounted):
     def __init__(self, args):
         super().__init__(args)
         self.samples = {}           # {t: S_t}
+        mixed = torch.nn.RNNBase, torch.nn.modules.batchnorm._BatchNorm
+        if any(isinstance(layer, mixed) for layer in self.net.modules()):
+            fail(f'--dp example: {args.model} has a recurrent or a batch norm layer, in which vmap '
+                 'takes no single example; take another --model', everyone=True)
 
     def cost_of(self, t, noise):
         """The largest epsilon of a client's example after t rounds."""

@@ -2,7 +2,7 @@
 
     clients = {k: SecureClient(k, x, threshold=6) for k, x in terms.items()}
     total, survivors = secure_sum(lambda k, step, message: clients[k].answer(step, message),
-                                  list(clients), threshold=67, d=1000, graph=(28, 6))
+                                  list(clients), threshold=67, d=1000, graph=(30, 6))
 
 Bonawitz et al. 2017 (ACM CCS, "Practical Secure Aggregation for Privacy-Preserving Machine
 Learning"), Figure 4; and Bell et al. 2020 (ACM CCS, "Secure Single-Server Aggregation with

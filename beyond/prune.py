@@ -121,7 +121,7 @@ class PrunedClient:
     def project(self, parameters):
         super().project(parameters)
         for p, mask in zip(parameters, self.masks):
-            p.mul_(mask)
+            p.mul_(mask.to(p.device))       # the back half's may be another
 
 def unpruned(w, s):
     """Which values of flat(w) stay when the fraction s of the weights in its matrices and filters

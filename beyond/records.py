@@ -230,6 +230,7 @@ class Records(Room):
                 f'{100 * last:.2f} %', *super().summary()]
 
     def finish(self, code):
+        before = signal.getsignal(signal.SIGINT)
         if code == 130:         # torchrun sends a second one, which would cut saving short
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.file:
@@ -242,6 +243,8 @@ class Records(Room):
             replace('plot', self.args.plot, picture.getvalue())
         if 'accuracies' in self.notes():
             self.rewrite_log()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and 'LOCAL_RANK' not in os.environ:
+            signal.signal(signal.SIGINT, before)        # a notebook goes on
         return code
 
 def names(cls, idle=()):
@@ -262,7 +265,7 @@ def uninterrupted():
     finally:
         signal.signal(signal.SIGINT, before)
     if came:
-        before(signal.SIGINT, None)
+        signal.raise_signal(signal.SIGINT)
 
 def plot(file, kind, history):
     """Accuracy and loss against rounds, as a picture of that kind in the open file."""

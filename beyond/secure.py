@@ -126,6 +126,7 @@ class Secure(Room):
             total, survivors = secure_sum(ask, ks, threshold, length, graph)
         except ValueError as e:
             print(f'round {r.t}: secure aggregation is given up: {e}')
+            r.kept = {}
             return
         finally:
             self.dismiss(r)

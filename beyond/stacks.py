@@ -101,7 +101,7 @@ class Stack:
         """Each client's gradient of its own loss, (m, ...) for every weight, and the losses."""
         with torch.enable_grad():
             total, losses = self.losses(self.w, x, y, weight)
-        return torch.autograd.grad(total, self.w), losses
+        return torch.autograd.grad(total, self.w, allow_unused=True), losses
 
     def losses(self, w, x, y, weight):
         """The sum of the clients' losses, whose gradient is each client's own, and each, (m,)."""

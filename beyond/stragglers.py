@@ -40,6 +40,7 @@ def flags(add):
 
 # Pairs of flags that exclude one another, and why.
 CLASHES = (('overselect', 'secagg', 'whose sum is given up when too many do not answer'),
+           ('deadline', 'dp user', 'as what one client holds changes how much others train'),
            ('overselect', 'dp user', 'which samples each client with probability --frac'),
            ('overselect', 'silo', 'where more can only be sampled with --frac'),
            ('corrupt', 'secagg', 'where garbage cannot be told from a masked update'))

@@ -33,6 +33,12 @@ def test_a_net_that_is_cut_is_the_net(model, channels, layers):
         with pytest.raises(ValueError, match=f'1 to {layers - 1}'):
             split(net, L)
 
+def test_a_layer_inside_a_stage_is_no_place_to_cut():
+    net = models.MLP(784, 8, 10)
+    net.inside = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match='inside begins no stage'):
+        split(net, 1)
+
 def test_a_cut_run_is_the_uncut_one_and_counts_what_crosses(run, capsys):       # noqa: F811
     a, b = (final(run, f'--momentum 0.5 {words}') for words in ('--cut 2', '--engine loop'))
     assert all((a[name] - b[name]).abs().max() <= 1e-6 for name in a)

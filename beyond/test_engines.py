@@ -220,6 +220,24 @@ def test_a_comment_is_no_edit_and_batchnorm_is_left_to_the_loop():
     assert unstackable(fedavg.LocalUpdate, fedavg.Server, recurrent) == (
         'vmap does not take memory, a GRU')
 
+class Spare(nn.Module):
+    """A net with a layer that it does not use, or with one under two names."""
+    def __init__(self, tied):
+        super().__init__()
+        self.first, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+        if tied:
+            self.spare = self.first
+    def forward(self, x):
+        return self.first(x.flatten(1))
+
+def test_a_layer_that_is_not_used_stays_as_it_is():
+    dataset = TensorDataset(torch.randn(20, 4), torch.arange(20) % 4)
+    loop, stacked = both(Spare(False), dataset, {0: np.arange(10), 1: np.arange(10, 20)}, lr=0.5,
+                         momentum=0.5)
+    for k in loop:
+        assert near(loop[k].w, stacked[k].w)
+    assert 'two names' in unstackable(fedavg.LocalUpdate, fedavg.Server, Spare(True))
+
 def test_an_edit_of_the_indentation_alone_is_an_edit(monkeypatch):
     before, source = fingerprint(fedavg.Server.train), inspect.getsource(fedavg.Server.train)
     moved = source.replace('            yield', '        yield')

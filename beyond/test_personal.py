@@ -104,6 +104,9 @@ class Started:
     def start(self, k, w, r):
         return w
 
+    def keep(self, u, x, payload, r):
+        return {}
+
 def test_a_client_starts_from_its_own_layers_and_the_servers_others():
     args = SimpleNamespace(model='2nn', num_channels=1, num_classes=10, num_users=2, seed=1,
                            personal_layers=('fc3',))
@@ -115,6 +118,9 @@ def test_a_client_starts_from_its_own_layers_and_the_servers_others():
     assert all(torch.equal(own[name], v) for name, v in made.w.items() if 'fc3' not in name)
     assert made.start(1, made.w, fedavg.Round(1)) is made.w
     assert made.crosses(0, fedavg.Round(1)).sum() == 199210 - 2010
+    diverged = {name: v / 0 for name, v in made.w.items()}
+    kept = [made.keep(fedavg.Update(0, w, 1, 0.0), None, None, None) for w in (own, diverged)]
+    assert kept[0]['layers'].tolist() == list(range(2010)) and kept[1] == {}
 
 class Broken:
     """Ctrl-C while the clients' models are tested."""

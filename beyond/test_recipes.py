@@ -32,6 +32,11 @@ class Linear(nn.Module):
 
     def forward(self, x):
         return self.layer(x.flatten(1))
+
+class Norm(Linear):
+    def __init__(self, args):
+        super().__init__(args)
+        self.layer = nn.Sequential(self.layer, nn.BatchNorm1d(args.num_classes))
 '''
 
 def test_a_data_set_and_a_net_of_ones_own(tmp_path, monkeypatch, refused):
@@ -43,6 +48,10 @@ def test_a_data_set_and_a_net_of_ones_own(tmp_path, monkeypatch, refused):
     for model, said in (('cnn', 'these are 2x3x4'), ('mine:Nothing', 'Nothing'),
                         ('mine:points', 'gives a tuple')):
         assert said in refused([*words, '--model', model])
+    fedavg.main(words + ['--num_classes', '7'])         # two more than these data have
+    for more, said in (('--num_classes 4', 'has 5'),
+                       ('--model mine:Norm --dp example --clip 1 --noise 1', 'batch norm')):
+        assert said in refused([*words, *more.split()])
     for name, said in (('mine:nothing', 'nothing'), ('nowhere:points', 'nowhere'),
                        ('mine:broken', 'whole numbers')):
         assert said in refused(['--dataset', name, '--num_users', '5'])

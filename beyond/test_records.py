@@ -20,12 +20,6 @@ import sampling
 from beyond.files import opened
 from test_fedavg import data, read_log, refused, run, same, shell, weights      # noqa: F401
 
-@pytest.fixture(autouse=True)
-def sigint():
-    """A run that Ctrl-C has ended ignores a second one; the next test does not."""
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 ########################################## The log ##########################################
 def test_log_holds_the_options_and_one_row_a_round(run, tmp_path):      # noqa: F811
     history = run(f'--local_bs inf --csv {tmp_path}/l.csv')
@@ -333,6 +327,22 @@ def test_plot_is_drawn(run, tmp_path, monkeypatch):     # noqa: F811
     assert t == [1, 2, 3] and accuracy == [row['test_acc'] for row in history]
     assert all(map(math.isnan, train)) and test == [row['test_loss'] for row in history]
     assert (tmp_path / 'p.png').read_bytes()[1:4] == b'PNG'
+
+def test_a_log_that_has_gone_is_a_line(run, tmp_path, capsys):        # noqa: F811
+    class Gone:
+        def measure(self, w, r):
+            if r.t == 2:
+                (tmp_path / 'l.csv').unlink()
+            return super().measure(w, r)
+    with pytest.raises(SystemExit) as e:
+        run(f'--csv {tmp_path}/l.csv', Gone)
+    assert e.value.code == 2 and '--csv' in capsys.readouterr().err
+
+def test_after_ctrl_c_a_notebook_can_be_interrupted_again(run, tmp_path):       # noqa: F811
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as e:
+        run(f'--checkpoint {tmp_path}/c.pt', BrokenOff)
+    assert e.value.code == 130 and signal.getsignal(signal.SIGINT) is before
 
 def test_files_that_cannot_be_are_refused(refused, tmp_path, monkeypatch):      # noqa: F811
     monkeypatch.chdir(tmp_path)

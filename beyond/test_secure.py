@@ -316,7 +316,7 @@ def test_what_decides_about_a_sum_is_paid_from_delta_or_refused(run, refused, tm
     words = '--dp user --clip 1 --noise 1 --secagg 1'.split()
     for more, said in (('--num_users 100', 'take more clients'), ('--neighbors 4', '--dp user'),
                        ('--num_users 100 --frac 0.9 --drop 0.9', 'less --drop'),
-                       ('--speeds lognormal:1 --deadline 1', '--deadline 1')):
+                       ('--speeds lognormal:1 --deadline 1', '--dp user')):
         assert said.lower() in refused([*words, *more.split()]).lower()
     run(f'{" ".join(words)} --frac 0.9 --checkpoint {tmp_path}/c.pt')
     # The threshold stays what it was, so that more rounds cost more than a tenth of delta.
