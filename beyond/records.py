@@ -243,7 +243,7 @@ class Records(Room):
             replace('plot', self.args.plot, picture.getvalue())
         if 'accuracies' in self.notes():
             self.rewrite_log()
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and 'LOCAL_RANK' not in os.environ:
+        if signal.getsignal(signal.SIGINT) != before and 'LOCAL_RANK' not in os.environ:
             signal.signal(signal.SIGINT, before)        # a notebook goes on
         return code
 
