@@ -224,8 +224,7 @@ def flags(add):
     add('data_dir', './data', str, "torchvision's root folder, and that of shakespeare/; missing "
         'files are downloaded')
     add('num_channels', None, number(int, 1), "the images' channels; known from the data")
-    add('num_classes', None, number(int, 1),
-        "the labels' classes; known from the data, unless your own lack some")
+    add('num_classes', None, number(int, 1), 'classes; known from the data unless they lack some')
     add('iid', 1, bool, '1: shuffled; 0: sorted by label, two shards for each client, or the lines '
         'of a role of shakespeare')
     add('alpha', None, number(float, 0, above=True),

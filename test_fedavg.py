@@ -800,9 +800,10 @@ def test_gpu_is_used_where_it_is(monkeypatch, capsys):
     assert options.device(1) == torch.device('cuda', 1) and options.device(-1).type == 'cpu'
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert options.device((0, 1)) == torch.device('cuda', 1)
-    with pytest.raises(SystemExit):
-        options.device(1)
-    assert 'has 2 GPUs' in capsys.readouterr().err
+    for gpu in 1, (0, 2):
+        with pytest.raises(SystemExit):
+            options.device(gpu)
+        assert 'has 2 GPUs' in capsys.readouterr().err
 
 def test_every_flag_is_read_somewhere_and_in_a_readme():
     rooms = importlib.import_module('beyond').rooms() if BEYOND else ()

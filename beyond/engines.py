@@ -62,7 +62,7 @@ def fingerprint(*functions):
         try:
             lines = io.StringIO(inspect.cleandoc(inspect.getsource(function))).readline
             tokens = list(tokenize.generate_tokens(lines))
-        except (OSError, TypeError, SyntaxError, tokenize.TokenError):      # of a shell or a lambda
+        except (OSError, TypeError, SyntaxError, tokenize.TokenError):     # of a shell or a lambda
             return 'unknown'
         words += [blocks.get(token.type, token.string) for token in tokens
                   if token.type not in kinds and not token.string.startswith('"""')]
@@ -88,7 +88,7 @@ def unstackable(Client, Server, net):
         if norm or list(module.buffers(recurse=False)):     # vmap cannot update them
             return f'{name or type(net).__name__} keeps running statistics or other buffers'
     if len(net.state_dict()) > len(list(net.parameters())):
-        return f'{type(net).__name__} has a parameter of two names'
+        return f'{type(net).__name__} has a parameter with two names'
     return None
 
 @torch.no_grad()

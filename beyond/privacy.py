@@ -217,8 +217,8 @@ class PrivateExamples(Accounted):
         self.samples = {}           # {t: S_t}
         mixed = torch.nn.RNNBase, torch.nn.modules.batchnorm._BatchNorm
         if any(isinstance(layer, mixed) for layer in self.net.modules()):
-            fail(f'--dp example: {args.model} has a recurrent or a batch norm layer, in which vmap '
-                 'takes no single example; take another --model', everyone=True)
+            fail(f'--dp example: {args.model} has a recurrent or batch norm layer, which gives no '
+                 'gradients of single examples; take another --model', everyone=True)
 
     def cost_of(self, t, noise):
         """The largest epsilon of a client's example after t rounds."""

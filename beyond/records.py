@@ -244,7 +244,7 @@ class Records(Room):
         if 'accuracies' in self.notes():
             self.rewrite_log()
         if signal.getsignal(signal.SIGINT) != before and 'LOCAL_RANK' not in os.environ:
-            signal.signal(signal.SIGINT, before)        # a notebook goes on
+            signal.signal(signal.SIGINT, before)        # of a notebook, say
         return code
 
 def names(cls, idle=()):

@@ -222,7 +222,7 @@ def test_secure_aggregation_gives_the_weighted_mean(run):       # noqa: F811
         assert plain[1]['train_loss'] == pytest.approx(secure[1]['train_loss'], rel=1e-3)
         assert secure[0]['up_bytes'] > plain[0]['up_bytes'] and secure[0]['clients'] == 5
 
-def test_a_round_below_the_threshold_leaves_the_weights(run, capsys):       # noqa: F811
+def test_a_round_below_the_threshold_leaves_the_weights(run, capsys, tmp_path):     # noqa: F811
     history = run('--secagg 1 --frac 0.8 --drop 0.7 --epochs 4 --seed 3')
     given_up = [row['round'] for row in history if not row['clients']]
     out = capsys.readouterr().out
@@ -231,6 +231,10 @@ def test_a_round_below_the_threshold_leaves_the_weights(run, capsys):       # no
         assert f'round {t}: secure aggregation is given up' in out
         if t > 1:
             assert history[t - 1]['test_loss'] == history[t - 2]['test_loss']
+    run('--secagg 1 --frac 0.8 --drop 0.9 --epochs 1 --personal layers --personal_layers fc3 '
+        f'--checkpoint {tmp_path}/c.pt')
+    assert 'given up' in capsys.readouterr().out
+    assert torch.load(tmp_path / 'c.pt', weights_only=True)['PersonalLayers'] == {}
 
 def test_private_and_secure_go_together(run, capsys):       # noqa: F811
     words = '--dp user --clip 0.3 --noise 0.01 --frac 0.9'
