@@ -23,7 +23,7 @@ def flags(add):
     add('augment', 0, bool, "1: images turned, sheared, zoomed and shifted at random in training; "
         "CIFAR's mirrored too, and paper_cnn's as in the paper")
     add('balance', 0, bool, '1: small clients and their rare labels get augmented copies; n_k, '
-        'their weight in the average, stays')
+        'their weight in the average, stays, as copies say nothing new')
 
 CLASHES = (('balance', 'dp example', 'as a copy shows an example twice'),
            ('balance', 'dp user', 'as what one client holds changes how much others train'),

@@ -47,6 +47,8 @@ class Forked(Processes):
         cpu = self.args.device.type == 'cpu'
         if state and cpu and not self.args.processes:       # the same number gives the same bits
             self.size = state['processes']
+            if type(self.size) is not int or self.size < 1:
+                raise ValueError(f'{self.size!r} is no number of processes')
 
     def prepare(self):
         if self.size > 1 and not hasattr(os, 'fork'):

@@ -108,7 +108,9 @@ class Accounted(Room):
 
     def load(self, state):
         super().load(state)
-        self.noise = state.get('Accounted', {}).get('noise')
+        self.noise = z = state.get('Accounted', {}).get('noise')
+        if z is not None and (type(z) is not float or not 0 <= z < math.inf):
+            raise ValueError(f'{z!r} is no deviation of a noise')
 
 class PrivateServer(Accounted):
     """DP-FedAvg (McMahan et al. 2018, Algorithm 1)."""
@@ -223,8 +225,7 @@ class PrivateExamples(Accounted):
     def cost_of(self, t, noise):
         """The largest epsilon of a client's example after t rounds."""
         args = self.args
-        sampled = [k for s in range(1, t + 1) for k in self.sampled(s)]
-        times = np.bincount(sampled, minlength=self.K)
+        times = np.bincount([k for s in range(t) for k in self.sampled(s + 1)], minlength=self.K)
         cases = []
         for n in set(self.n_k.tolist()):
             B = min(args.local_bs, n)
@@ -294,7 +295,6 @@ def poisson(K, C, draw):
     return np.flatnonzero(draw.random(K) < C)
 
 def clip(update, S):
-    """update, (d,), scaled down to an L2 norm of S if it is longer (McMahan et al. 2018, Section
-    2)."""
+    """update, (d,), scaled down to an L2 norm of S if longer (McMahan et al. 2018, Section 2)."""
     norm = update.double().norm()
     return update * (S / norm) if norm > S else update

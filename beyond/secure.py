@@ -87,13 +87,13 @@ class Secure(Room):
         """The client's side: u with its term as a payload, empty if it is not finite."""
         kept = self.keep(u, None, None, r)
         try:
-            return u._replace(w=self.term(u, w, r).astype('<u4').tobytes(), kept=kept)
+            return u._replace(w=self.term(u, r).astype('<u4').tobytes(), kept=kept)
         except ValueError:
             return u._replace(w=b'', kept={})
 
-    def term(self, u, w, r):
+    def term(self, u, r):
         """What client u.k adds to the sum, (d + 1,) uint32. Raises ValueError for NaN."""
-        v = (flat(u.w) - flat(w))[self.at(u.k, r)].double()
+        v = (flat(u.w) - r.v)[self.at(u.k, r)].double()
         v = self.bounded(v, len(v) ** 0.5 * self.level)         # rounding adds that much at most
         loss = min(u.loss, 16.0) if u.loss == u.loss else 16.0      # NaN counts as 16
         v = np.append(v, (loss / 8 - 1) * self.bound())
@@ -102,10 +102,10 @@ class Secure(Room):
 
     def receive(self, updates, w, r):
         """One Update for all: the mean of those that stayed; none if they are too few."""
-        r.kept, asked = {}, sorted(r.S_t)
+        r.kept, r.v, asked = {}, flat(w), sorted(r.S_t)
         threshold = self.quorum(len(asked))
         graph = self.graph(len(asked), threshold)
-        clients, length = {}, len(flat(w)[self.at(0, r)]) + 1
+        clients, length = {}, len(r.v[self.at(0, r)]) + 1
         for u in self.terms((self.pack(u, w, r) for u in updates), r):
             r.tally['sent'] += 1
             if u.w:
@@ -169,7 +169,7 @@ class Secure(Room):
         """The Update that stands for all survivors: their mean, and its weight."""
         m_t = sum(self.weight(k) for k in survivors)
         mean = total * (self.level / m_t) - self.bound()
-        v, n = flat(w), int(self.n_k[survivors].sum())
+        v, n = r.v.clone(), int(self.n_k[survivors].sum())
         v[self.at(0, r)] += torch.from_numpy(mean[:-1]).float()
         loss = float((mean[-1] / self.bound() + 1) * 8)
         r.tally.update(clients=len(survivors), m_t=n, loss=n * loss)

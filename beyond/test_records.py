@@ -242,6 +242,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_a_line(run, refused, tmp_p
     if 'w' in BROKEN[said](saved) and said != 'of a silo':
         assert 'its weights are not those of 2nn' in refused(['--teacher', f'{tmp_path}/c.pt'])
 
+@pytest.mark.parametrize('words, junk', [
+    ('', {'processes': 'many'}), ('', {'processes': 0}),
+    ('--dp user --clip 1 --epsilon 50', {'Accounted': {'noise': -1.0}}),
+    ('--dp user --clip 1 --epsilon 50', {'Accounted': {'noise': 'x'}})])
+def test_a_checkpoint_with_an_impossible_number_is_refused_in_a_line(     # noqa: F811
+        run, refused, tmp_path, words, junk):
+    run(f'{words} --epochs 1 --checkpoint {tmp_path}/c.pt')
+    torch.save(torch.load(tmp_path / 'c.pt', weights_only=True) | junk, tmp_path / 'c.pt')
+    words = f'{words} --num_users 10 --frac 0.3 --resume --checkpoint {tmp_path}/c.pt'
+    line = refused(words.split())
+    assert 'does not hold what these flags need' in line and ' is no ' in line
+
 def test_flipped_bits_in_a_checkpoint_are_found(run, tmp_path, capsys):     # noqa: F811
     run(f'--epochs 1 --checkpoint {tmp_path}/c.pt')
     good, content = weights(tmp_path / 'c.pt'), (tmp_path / 'c.pt').read_bytes()
