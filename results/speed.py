@@ -21,7 +21,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PEER_NET = {'2nn': 'mlp', 'cnn': 'cnn', 'paper_cnn': 'paper'}
-OURS = {'default': '', 'compiled': '--compile 1', 'one process': '--processes 1'}     # its flags
+OURS = {'default': '', 'compiled': '--compile 1', 'one process': '--processes 1',
+        'bf16': '--bf16 1'}         # its flags; bf16 is slow on CPUs without instructions for it
 
 def inner(words):
     """Runs fedavg.main(words) with clocks around local training and evaluation; prints the medians
@@ -69,9 +70,9 @@ def seconds(command, env):
 def commands(args, model):
     """{name: command} of ours and of the peers."""
     me = str(pathlib.Path(__file__).resolve())
-    words = (f'--inner --data_dir {args.data_dir} --model {model} --local_ep 5 --lr 0.01 --gpu -1 '
-             f'--epochs {args.rounds + 1}').split()
-    runs = {name: [sys.executable, me, *words, *more.split()] for name, more in OURS.items()}
+    words = (f'--inner --data_dir {args.data_dir} --model {model} --local_ep 5 --lr 0.01 '
+             f'--gpu {args.gpu} --epochs {args.rounds + 1}').split()
+    runs = {name: [sys.executable, me, *words, *OURS[name].split()] for name in args.ours}
     pythons = dict(pair.split('=') for pair in args.peer_python)
     for peer in args.peer:
         script = f'{args.peers}/{peer}{"" if peer in ("eager", "loader") else "_peer"}.py'
@@ -89,7 +90,7 @@ def compare(args, model, env):
             took[name].append(s)
             print(f'{model:10s} {name:10s} {line}', flush=True)
     for peer in args.peer:
-        for name in OURS:
+        for name in args.ours:
             ratios = [a / b for a, b in zip(took[peer], took[name])]
             print(f'{model:10s} {name:10s} {statistics.median(ratios):.2f} times as fast as {peer} '
                   f'(from {min(ratios):.2f} to {max(ratios):.2f})', flush=True)
@@ -105,6 +106,8 @@ def main():
     parser.add_argument('--peer', nargs='*', default=['eager', 'pfl'])
     parser.add_argument('--peer_python', nargs='*', default=[],
                         help='NAME=python of its virtual environment')
+    parser.add_argument('--ours', nargs='*', default=list(OURS)[:3], choices=OURS)
+    parser.add_argument('--gpu', type=int, default=-1, help='as that of fedavg.py, for ours')
     parser.add_argument('--model', nargs='*', default=list(PEER_NET))
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--rounds', type=int, default=4)
