@@ -99,7 +99,9 @@ def all_sum(tensors):
     with together():
         dist.monitored_barrier(GROUP['gloo'], GROUP['timeout'])
         for v in tensors:
-            dist.all_reduce(v)
+            rows = v.contiguous()       # all_reduce adds up memory, whatever the strides are
+            dist.all_reduce(rows)
+            v.copy_(rows)
 
 def send(blob, rank):
     """Bytes to another process, which calls receive."""

@@ -35,6 +35,17 @@ def test_one_two_and_three_processes_agree_and_each_number_repeats_its_bits(
     assert same(w['3'], w['3 again']) and len(set(reports)) == 1 and reports[0]
     assert not multiprocessing.active_children()
 
+@pytest.mark.parametrize('words', ['--quantize 8', '--secagg 1 --frac 0.9', '--frac 0.1'])
+def test_a_process_without_an_update_has_convolutions_in_the_same_order(
+        run, tmp_path, words):      # noqa: F811
+    # In its memory, w lies by channels last, and the other process's mean does not.
+    for n in '12':
+        run(f'--model cnn --engine loop --epochs 2 {words} --processes {n} '
+            f'--csv {tmp_path}/{n}.csv --checkpoint {tmp_path}/{n}.pt')
+    assert near(weights(tmp_path / '1.pt'), weights(tmp_path / '2.pt'))
+    one, two = (read_log(tmp_path / f'{n}.csv')[1] for n in '12')
+    assert [row['test_acc'] for row in one] == [row['test_acc'] for row in two]
+
 def test_the_number_is_that_of_the_cores_the_clients_or_the_checkpoint(
         data, tmp_path, capsys, monkeypatch):       # noqa: F811
     monkeypatch.setattr(forked, 'cores', lambda: 2)
