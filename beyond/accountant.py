@@ -18,8 +18,8 @@ ORDERS = np.concatenate([np.arange(1.5, 11, 0.1), np.arange(11, 64), 2.0 ** np.a
 def epsilon(q, noise, steps, delta):
     """The epsilon at delta of `steps` sums of terms clipped to S, with Gaussian noise of deviation
     noise S, over samples that each client (or example) is in with probability q; inf where there
-    is no bound. Raises ValueError if q is not in [0, 1], delta not in (0, 1), or noise
-    or steps below 0.
+    is no bound (Mironov et al. 2019, Section 3.3; Canonne et al. 2020, Proposition 12). Raises
+    ValueError if q is not in [0, 1], delta not in (0, 1), or noise or steps below 0.
     """
     if not 0 <= q <= 1:
         raise ValueError(f'q {q}: from 0 to 1')

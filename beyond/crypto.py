@@ -119,7 +119,8 @@ def vector(answer, d):
 def term(v, R, bits, weight, draw):
     """What a client adds to a sum modulo 2^32, (d,) uint32: weight times the level to which each of
     v, (d,), is rounded at random, of 2^bits evenly from -R to R, to which v is clamped; each level
-    times 2 R / (2^bits - 1), minus R, is v on average. Raises ValueError if v is not finite."""
+    times 2 R / (2^bits - 1), minus R, is v on average (Konecny et al. 2016, Section 3). Raises
+    ValueError if v is not finite."""
     v, top = np.asarray(v, np.float64), 2**bits - 1
     if not np.isfinite(v).all():
         raise ValueError('it holds NaN or infinity')
