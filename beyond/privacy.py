@@ -291,7 +291,7 @@ def trained(net):
 ######################################## DP-FedAvg's parts ########################################
 
 def poisson(K, C, draw):
-    """S_t: each of the K clients with probability C, by a NumPy generator (Algorithm 1); or none."""
+    """S_t: each of K clients with probability C, by a NumPy generator (Algorithm 1); maybe none."""
     return np.flatnonzero(draw.random(K) < C)
 
 def clip(update, S):
