@@ -48,7 +48,7 @@ class Forked(Processes):
         if state and cpu and not self.args.processes:       # the same number gives the same bits
             self.size = state['processes']
             if type(self.size) is not int or self.size < 1:
-                raise ValueError(f'{self.size!r} is no number of processes')
+                raise ValueError(f'{self.size!r} is not a number of processes')
 
     def prepare(self):
         if self.size > 1 and not hasattr(os, 'fork'):

@@ -110,7 +110,7 @@ class Accounted(Room):
         super().load(state)
         self.noise = z = state.get('Accounted', {}).get('noise')
         if z is not None and (type(z) is not float or not 0 <= z < math.inf):
-            raise ValueError(f'{z!r} is no deviation of a noise')
+            raise ValueError(f'{z!r} is not a deviation of noise')
 
 class PrivateServer(Accounted):
     """DP-FedAvg (McMahan et al. 2018, Algorithm 1)."""
@@ -291,7 +291,7 @@ def trained(net):
 ######################################## DP-FedAvg's parts ########################################
 
 def poisson(K, C, draw):
-    """S_t: each of K clients with probability C, by a NumPy generator (Algorithm 1); maybe none."""
+    """S_t: each of K clients with probability C, by the generator draw (McMahan et al. 2018)."""
     return np.flatnonzero(draw.random(K) < C)
 
 def clip(update, S):

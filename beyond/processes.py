@@ -99,7 +99,7 @@ def all_sum(tensors):
     with together():
         dist.monitored_barrier(GROUP['gloo'], GROUP['timeout'])
         for v in tensors:
-            rows = v.contiguous()       # all_reduce adds up memory, whatever the strides are
+            rows = v.contiguous()       # all_reduce adds memory, whatever the strides
             dist.all_reduce(rows)
             v.copy_(rows)
 

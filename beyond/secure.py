@@ -10,6 +10,7 @@ whole numbers, is the client's term of a sum modulo 2^32.
 
 protocol.py has the protocol, in which each client shares its secrets with --neighbors others (Bell
 et al. 2020). It has not been audited, and its server is honest but curious.
+Fields of a round: v and kept, as in wire.py.
 """
 import math
 

@@ -38,7 +38,7 @@ def test_one_two_and_three_processes_agree_and_each_number_repeats_its_bits(
 @pytest.mark.parametrize('words', ['--quantize 8', '--secagg 1 --frac 0.9', '--frac 0.1'])
 def test_a_process_without_an_update_has_convolutions_in_the_same_order(
         run, tmp_path, words):      # noqa: F811
-    # In its memory, w lies by channels last, and the other process's mean does not.
+    # Its w lies in memory with the channels last; the other process's mean does not.
     for n in '12':
         run(f'--model cnn --engine loop --epochs 2 {words} --processes {n} '
             f'--csv {tmp_path}/{n}.csv --checkpoint {tmp_path}/{n}.pt')

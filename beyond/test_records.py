@@ -252,7 +252,7 @@ def test_a_checkpoint_with_an_impossible_number_is_refused_in_a_line(     # noqa
     torch.save(torch.load(tmp_path / 'c.pt', weights_only=True) | junk, tmp_path / 'c.pt')
     words = f'{words} --num_users 10 --frac 0.3 --resume --checkpoint {tmp_path}/c.pt'
     line = refused(words.split())
-    assert 'does not hold what these flags need' in line and ' is no ' in line
+    assert 'does not hold what these flags need' in line and ' is not a ' in line
 
 def test_flipped_bits_in_a_checkpoint_are_found(run, tmp_path, capsys):     # noqa: F811
     run(f'--epochs 1 --checkpoint {tmp_path}/c.pt')

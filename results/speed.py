@@ -106,7 +106,8 @@ def main():
     parser.add_argument('--peer', nargs='*', default=['eager', 'pfl'])
     parser.add_argument('--peer_python', nargs='*', default=[],
                         help='NAME=python of its virtual environment')
-    parser.add_argument('--ours', nargs='*', default=list(OURS)[:3], choices=OURS)
+    parser.add_argument('--ours', nargs='*', default=list(OURS)[:3], choices=OURS,
+                        help='the first three if not given')
     parser.add_argument('--gpu', type=int, default=-1, help='as that of fedavg.py, for ours')
     parser.add_argument('--model', nargs='*', default=list(PEER_NET))
     parser.add_argument('--repeats', type=int, default=3)
