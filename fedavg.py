@@ -163,7 +163,7 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
 
 @torch.no_grad()
 def evaluate(net, x, y, bs, all_sum=lambda tensors: None):
-    """(mean loss, accuracy) of net, left unchanged, on x (n, ...), y (n,) or (n, T), by bs."""
+    """(mean loss, accuracy) of net, left unchanged, on x (n, ...), y (n,) or (n, T), bs at once."""
     net, sums = copy.deepcopy(net).eval(), 0
     for xb, yb in zip(x.split(bs), y.split(bs)):
         logits = net(xb)                                # (bs, classes); of text (bs, classes, T)
@@ -259,7 +259,7 @@ class Server:
     def measure(self, w, r):
         """The row of round t: w's loss and accuracy on the test set, and what was counted."""
         self.net.load_state_dict(w)
-        loss, acc = evaluate(self.net, *self.test_set.tensors, self.args.bs, self.all_sum)
+        loss, acc = self.evaluate(self.net, *self.test_set.tensors, self.args.bs, self.all_sum)
         train_loss = r.tally['loss'] / r.tally['m_t'] if r.tally['m_t'] else math.nan
         return dict(round=r.t, train_loss=train_loss, test_loss=loss, test_acc=acc,
                     clients=int(r.tally['clients']), seconds=time.perf_counter() - r.began)

@@ -570,6 +570,9 @@ def test_the_test_set_is_what_is_evaluated(run, data):
     net, (x, y) = models.TwoNN(784, 200, 10), sampling.load('mnist', data)[1].tensors
     net.load_state_dict(seen[0])
     assert history[0]['test_acc'] == (net(x).argmax(1) == y).sum().item() / 100
+    class Half:
+        evaluate = staticmethod(lambda *_: (0.25, 0.5))
+    assert [run('--epochs 1', Half)[0][name] for name in ('test_loss', 'test_acc')] == [0.25, 0.5]
 
 ##################################### Randomness (k) #####################################
 def test_same_seed_same_bits_other_seed_other_bits(run):

@@ -62,7 +62,7 @@ class Room:
 
     def keep(self, u, x, payload, r):
         """What client u.k keeps if its update is accepted, {name: tensor}; x is what it meant to
-        send, encoded as payload."""
+        send, encoded as payload; both are None in a secure sum."""
         return {}
 
     def post(self, k, payload, r):
@@ -114,11 +114,11 @@ class Room:
         return self.args.range or 1.0
 
     def allows(self, rounding):
-        """Whether a term of a secure sum may become so much longer by rounding."""
+        """Whether rounding may lengthen a term of a secure sum by so much."""
         return True
 
     def bounded(self, v, rounding):
-        """v, (d,), as a client may send it, which rounding lengthens by so much at most."""
+        """v, (d,), bounded as a client may send it; rounding lengthens it by so much at most."""
         return v
 
 def rooms():
@@ -162,6 +162,6 @@ def chosen(args):
         (local.Bf16, args.bf16),
         (distill.DistilledClient, args.teacher),
         (augment.AugmentedClient, args.augment))
-    (outermost, *servers), clients = ([cls for cls, asked in table if asked]
-                                      for table in (servers, clients))
+    outermost, *servers = [cls for cls, asked in servers if asked]
+    clients = [cls for cls, asked in clients if asked]
     return [outermost], [*servers, Room], clients

@@ -120,7 +120,7 @@ def cropped(x, train):
     return x[images, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 def lacking(parts, labels, mean, draw):
-    """{k: indices, with repetitions, of examples that client k gets copies of}: as many that each
+    """{k: indices, with repetitions, of examples that client k gets copies of}: so many that each
     of its labels has max(n_k, mean) / (its labels) examples, if it has fewer (after Duan et al.
     2019). mean: that of n_k over all clients; draw: a NumPy generator."""
     labels, more = np.asarray(labels), {}

@@ -1,11 +1,11 @@
 """Distillation: a large net that was trained before teaches a small one.
 
-    python fedavg.py --model paper_cnn --epochs 15 --checkpoint teacher.pt
+    python fedavg.py --model paper_cnn --epochs 15 --local_bs 20 --seed 7 --checkpoint teacher.pt
     python fedavg.py --teacher teacher.pt --distill 0.5 --temperature 2
 
 Hinton et al. 2015 (arXiv 1503.02531): in ClientUpdate, the loss is (1 - a) cross-entropy +
-a T^2 KL(teacher || student), both softened by T. Only the small net travels; the teacher labels the
-clients' examples once, before the first round.
+a T^2 KL(teacher || student), with the outputs of both softened by T. Only the small net travels;
+the teacher labels the clients' examples once, before the first round.
 """
 import argparse
 import os

@@ -36,7 +36,7 @@ class Proximal:
     def adjust(self, parameters, start):
         super().adjust(parameters, start)
         for p, p_0 in zip(parameters, start):
-            if p.grad is not None:      # of a frozen parameter
+            if p.grad is not None:      # frozen parameters have none
                 p.grad = p.grad.add(p.detach() - p_0.to(p.device), alpha=self.args.mu)
 
 class AdamW:

@@ -26,7 +26,7 @@ from options import fail, number, requires
 from sampling import rng
 
 LEAST = 10          # clients (or examples of the largest client) for which a delta makes sense
-UNLUCKY = 2**-29    # secure sums: the graph of one data set or its neighbour is too thin
+UNLUCKY = 2**-29    # a round: the graph of one of two neighbouring data sets is too thin
 
 def flags(add):
     """--dp, --clip, --noise, --epsilon, --delta."""
@@ -58,7 +58,7 @@ def check(args):
 
 class Accounted(Room):
     """Knows what the rounds cost, finds the noise for --epsilon, and stops when that is spent.
-    Subclasses answer cost_of(t, noise), and who(), how many delta is for and what they are."""
+    Subclasses answer cost_of(t, noise), and who(): (how many, of what) delta is for."""
     noise = None
 
     def prepare(self):
@@ -67,10 +67,10 @@ class Accounted(Room):
         self.delta = args.delta or max(n, 1) ** -1.1
         if args.delta is None and n < LEAST:
             fail(f'--dp {args.dp}: no delta makes sense for {n} {what}; take {LEAST} or more, or '
-                 f'give one with --delta, below 1/{n}', everyone=True)
+                 f'give one with --delta, at most 1/{n}', everyone=True)
         if self.delta > 1 / n:
             fail(f'--delta {args.delta:g}: publishing one of {n} {what} would satisfy it; take '
-                 f'less than {1 / n:.3g}', everyone=True)
+                 f'1/{n} or less', everyone=True)
         self.noise = args.noise if args.noise is not None else self.noise
         if self.noise is not None:
             return
@@ -134,7 +134,7 @@ class PrivateServer(Accounted):
 
     def leak(self, stay):
         """The probability that in one of the rounds a client decides whether `stay` clients stay:
-        that of the K - 1 others one fewer does, or that the graph is too thin for a sum."""
+        that just stay - 1 of the K - 1 others do, or that the graph is too thin for a sum."""
         p = self.args.frac * (1 - self.args.drop)
         return self.args.epochs * (binomial(self.K - 1, p, stay - 1) + UNLUCKY)
 

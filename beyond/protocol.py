@@ -111,8 +111,9 @@ class SecureClient:
             raise ValueError(f'{len(clients)} clients are left, {self.threshold} are needed')
 
 def secure_sum(ask, ks, threshold, d, graph=None):
-    """(sum, survivors): the sum modulo 2^32, (d,) uint32, of what the clients of ks add that have
-    sent it, a list, from masked vectors alone (Bonawitz et al. 2017, Figure 4, the server's side).
+    """(sum, survivors), from masked vectors alone (Bonawitz et al. 2017, Figure 4, the server's
+    side): survivors are those of ks that have sent their vector, a list; the sum, modulo 2^32, is
+    that of their terms, (d,) uint32.
 
     ask(k, step, message): client k's answer, bytes, in a step of STEPS; None or ValueError once it
     is lost. A client whose answer makes no sense is lost too. graph: (degree, t), how many

@@ -22,7 +22,7 @@ def flags(add):
     add('prune_begin', None, number(int, 0),
         'with --prune: the last round without pruning; 0 if not given')
     add('prune_end', None, number(int, 1), 'with --prune: the first round with all of it, after '
-        'a cubic; 30, or the last, if not given')
+        'a cubic; 30 or --epochs, whichever is less, if not given')
 
 def check(args):
     """The schedule lies within the run. Fills in its defaults."""

@@ -56,7 +56,7 @@ LEAST_BITS = 12     # below, the rounding of a value may be longer than its upda
 
 class Secure(Room):
     """Sums the updates securely. Simulated clients live in the first process; silos answer it from
-    their own. The loss travels as one value more, in units of which 16 is the range's end."""
+    their own. The loss travels as one value more, scaled so that 16 is the end of the range."""
     gathers = True
 
     def prepare(self):
@@ -127,7 +127,6 @@ class Secure(Room):
             total, survivors = secure_sum(ask, ks, threshold, length, graph)
         except ValueError as e:
             print(f'round {r.t}: secure aggregation is given up: {e}')
-            r.kept = {}
             return
         finally:
             self.dismiss(r)
@@ -136,9 +135,9 @@ class Secure(Room):
     def graph(self, m, stay):
         """(degree, t) of the graph of m clients, `stay` of which have to stay."""
         neighbors = self.args.neighbors
-        if neighbors and neighbors < m - 1:
-            return neighbors, share_threshold(m, neighbors)
-        return not neighbors and neighborhood(m, min(stay, m)) or (m, stay)
+        if not neighbors:
+            return neighborhood(m, min(stay, m)) or (m, stay)
+        return (neighbors, share_threshold(m, neighbors)) if neighbors < m - 1 else (m, stay)
 
     def terms(self, messages, r):
         """The clients' terms, at the first process; those of silos stay with them."""
@@ -175,6 +174,11 @@ class Secure(Room):
         loss = float((mean[-1] / self.bound() + 1) * 8)
         r.tally.update(clients=len(survivors), m_t=n, loss=n * loss)
         return self.Update(None, unflat(v, w), m_t, loss)
+
+    def end(self, w, row, r):
+        if not row['clients']:      # the sum was given up, of which a silo learns only now
+            r.kept = {}
+        super().end(w, row, r)
 
 def answered(client, step, message):
     """A SecureClient's answer; b'' from one that is lost or finds its rules broken."""

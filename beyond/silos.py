@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=3 -- fedavg.py --silo 1 --frac 1 --data_dir '/data/silo{rank}'
 
 Nothing in Algorithm 1 is simulated: K is the number of processes, w and the updates are sent as
-payloads, and only these, n_k, losses and counts leave a silo. The first process is the server, and
-a client too; its test set counts.
+payloads, and only these, n_k, losses, counts and, with --personal, accuracies leave a silo. The
+first process is the server, and a client too; its test set counts.
 """
 import os
 import struct
@@ -21,7 +21,7 @@ from sampling import load
 
 # Flags in which silos may differ: no weights depend on them.
 LOCAL = {'data_dir', 'gpu', 'bs', 'csv', 'checkpoint', 'resume', 'plot', 'timeout', 'verbose'}
-MESSAGE = struct.Struct('<qd')          # k and loss, which go before a payload
+LOSS = struct.Struct('<d')      # goes before a payload
 
 def flags(add):
     """--silo."""
@@ -34,7 +34,7 @@ def check(args):
     """Each silo has its own data. Fills its number into --data_dir."""
     torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
     if args.silo and not torchrun:
-        fail('--silo 1: every process is a client; start them with torchrun --nproc_per_node=K '
+        fail('--silo 1: every process is a client; start them with torchrun --nproc_per_node=K -- '
              'fedavg.py --silo 1 ...')
     if '{rank}' in args.data_dir and not args.silo:
         fail(f'--data_dir {args.data_dir}: only silos have numbers; add --silo 1, or name a folder')
@@ -122,17 +122,17 @@ class Silos(Torchrun):
         all_sum([])         # all have trained
         for u in mine:
             r.kept[u.k] = u.kept
-            send(MESSAGE.pack(u.k, u.loss), 0)
+            send(LOSS.pack(u.loss), 0)
             send(u.w, 0)
         if self.rank:
             send(b'', 0)
             return
         for rank in range(1, self.size):
             while head := receive(rank):
-                if len(head) != MESSAGE.size:
+                if len(head) != LOSS.size:
                     end(f'silo {rank} has sent what is no update; give all silos the same version '
                         'of this program')
-                _, loss = MESSAGE.unpack(head)
+                loss, = LOSS.unpack(head)
                 yield self.Update(rank, receive(rank), self.weight(rank), loss)
 
     def ask(self, client, k, step, message):

@@ -89,7 +89,7 @@ class Timed(Room):
 
     def train(self, w, S_t, r):
         args = self.args
-        m = max(round(args.frac * self.K), 1) if args.overselect else len(r.S_t)
+        m = self.most() if args.overselect else len(r.S_t)
         seconds = {k: self.duration[k] for k in S_t}
         draw = rng(args.seed, 'finish', r.t)
         work, took = in_time(seconds, args.local_ep, m, args.deadline or math.inf, draw)
@@ -145,8 +145,8 @@ class Corrupt(Room):
 
 def lose(S_t, p, draw):
     """{client: stage} of those of S_t that are lost, each with probability p: 0 before it has
-    shared its keys, 1 before it has sent its update, 2 after that. (0 and 1 differ in secure
-    aggregation alone.) draw: a NumPy generator."""
+    dealt shares of its secrets, 1 before it has sent its update, 2 after that. (0 and 1 differ in
+    secure aggregation alone.) draw: a NumPy generator."""
     chance, stages = draw.random(len(S_t)), draw.integers(3, size=len(S_t))
     return {k: int(stage) for k, u, stage in zip(S_t, chance, stages) if u < p}
 

@@ -149,9 +149,9 @@ def test_the_largest_epsilon_is_that_of_all_cases():
 def test_a_delta_that_publishing_someone_meets_is_refused(refused, run):        # noqa: F811
     for words, said in (
             ('--dp user --num_users 9', 'for 9 clients'),
-            ('--dp user --num_users 20 --delta 0.06', 'less than 0.05'),
+            ('--dp user --num_users 20 --delta 0.06', 'take 1/20 or less'),
             ('--dp example --num_users 60', 'for 5 examples'),
-            ('--dp example --num_users 10 --delta 0.04', 'less than 0.0333')):
+            ('--dp example --num_users 10 --delta 0.04', 'take 1/30 or less')):
         assert said in refused(f'--clip 1 --noise 1 {words}'.split())
     assert len(run('--dp user --num_users 9 --clip 1 --noise 1 --delta 0.01')) == 3
 

@@ -101,6 +101,17 @@ def test_silos_send_bytes_and_know_what_they_kept_when_they_start_again(tmp_path
     reports = [text.partition('accuracy on')[2] for text in (first, out)]
     assert reports[0] == reports[1] != ''
 
+def test_silos_keep_nothing_of_a_secure_sum_that_is_given_up(tmp_path):
+    for rank in range(3):
+        write_mnist(tmp_path / f'silo{rank}', train=30, test=20)
+    out = ended(Ranks(      # silo 2 is lost, and two terms are too few
+        '--silo 1 --frac 1 --epochs 1 --seed 4 --secagg 1 --drop 0.5 --personal layers '
+        f'--personal_layers fc2 --checkpoint {tmp_path}/c.pt', f'{tmp_path}/silo{{rank}}', 3))
+    assert 'given up' in out
+    other = torch.load(tmp_path / 'c.pt.1', weights_only=True)
+    assert torch.load(tmp_path / 'c.pt', weights_only=True)['PersonalLayers'] == {}
+    assert other['kept'][1]['PersonalLayers'] == {}
+
 def test_a_silo_that_dies_is_named(tmp_path):
     for rank in range(2):
         write_mnist(tmp_path / f'silo{rank}', train=60, test=20)

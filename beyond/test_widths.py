@@ -3,6 +3,8 @@
     python -m pytest -q beyond/test_widths.py
 """
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,3 +122,13 @@ def test_what_cannot_be_narrow_is_refused(refused, monkeypatch):        # noqa: 
             ('--widths 1,0.5 --dp user --clip 1 --noise 1', '--dp user'),
             ('--widths 1,0.5 --cut 1', '--cut'), ('--separable 1', '--model cnn')):
         assert said in refused(words.split())
+
+def test_nothing_holds_a_server_whose_run_is_done(run):     # noqa: F811
+    servers = []
+    class Seen:
+        def prepare(self):
+            super().prepare()
+            servers.append(weakref.ref(self))
+    run('--widths 1,0.5 --epochs 1', Seen)
+    gc.collect()
+    assert servers[0]() is None

@@ -21,7 +21,8 @@ from options import fail, number, several, shown
 def flags(add):
     """--widths, --separable."""
     add('widths', None, several(number(float, 0, 1, above=True)), 'fractions of the hidden units '
-        'that clients have, as 1,0.5,0.25; client k has the (k mod n)-th of the n; one is 1')
+        'that clients have, as 1,0.5,0.25: of n, client k has number k mod n, counted from 0; one is '
+        '1')
     add('separable', 0, bool,
         '1: the second convolution of --model cnn is depthwise, then pointwise')
 
@@ -50,11 +51,15 @@ class Widths(Room):
                      f'{type(layer).__name__}, cannot be narrowed; all have to be linear or '
                      'convolutions, with a bias', everyone=True)
 
-    @functools.lru_cache(None)
     def nets(self):
+        return self.narrower
+
+    @functools.cached_property
+    def narrower(self):
+        """A net for each width."""
         return [narrowed(self.net, width) for width in self.args.widths]
 
-    @functools.lru_cache(None)
+    @functools.cached_property
     def held(self):
         """For each width, which values of flat(w) its clients hold: (d,) bool."""
         masks = []
@@ -69,7 +74,7 @@ class Widths(Room):
         return k % len(self.args.widths)
 
     def crosses(self, k, r):
-        return super().crosses(k, r) & self.held()[self.kind(k)]
+        return super().crosses(k, r) & self.held[self.kind(k)]
 
     def train(self, w, S_t, r):
         """One width after the other."""
@@ -91,7 +96,7 @@ class Widths(Room):
         total, m_t = torch.zeros_like(v), torch.zeros_like(v)
         for u in updates:
             if u.n:
-                at = self.held()[self.kind(u.k)]
+                at = self.held[self.kind(u.k)]
                 total[at] += u.n * flat(u.w)[at].double()
                 m_t[at] += u.n
         self.all_sum([total, m_t])

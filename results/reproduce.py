@@ -35,7 +35,7 @@ FINE = [round(10 ** (i / 6), 4) for i in range(-2, 7)]      # lstm: 0.4642, 0.68
 START = {'10': 0.1, '50': 0.2154, 'inf': 0.4642}            # where the search enters the grid
 FINE_START = 1.4678
 UNKNOWN = 1000                                              # rounds, where the paper has a dash
-SEED = 7                                                    # of the grid; never reported
+SEED = 7                                                    # of the grid; in no cell's mean
 # Of the figure: {net: (name, target and lowest accuracy shown, in percent)}.
 PANELS = {'2nn': ('2NN', 97, 80), 'paper_cnn': ('CNN', 99, 90), 'lstm': ('char-LSTM', 54, 20)}
 ROWS = ('table', 'cell', 'flags', 'lr', 'seed', 'rounds', 'seconds', 'machine', 'paper')
@@ -183,7 +183,7 @@ def search(table, cell, words, paper, data_dir):
     names = 'local_ep', 'local_bs', 'iid'
     E, B, iid = (words.split(f'--{name} ')[1].split()[0] for name in names)
     done, grid = tried(words), grid_of(words)
-    # Clients that drift apart mostly bear smaller steps.
+    # Clients that drift apart mostly need smaller steps.
     start = grid.index(FINE_START) if grid is FINE else (
         GRID.index(START[B]) - (E != '1' and iid == '0'))
     at = grid.index(min(done, key=done.get)) if done else start
@@ -321,7 +321,7 @@ def parsed():
                         help='the curves of seed 0, which needs matplotlib')
     args = parser.parse_args()
     if args.lr is not None and (args.lr <= 0 or not args.cell or args.check_eta):
-        parser.error(f'--lr {args.lr}: is above 0, and goes with --cell, without --check_eta')
+        parser.error(f'--lr {args.lr}: has to be above 0 and goes with --cell, without --check_eta')
     return args
 
 def chosen(args):

@@ -177,11 +177,11 @@ def test_unequal_clients_are_measured(here, data):      # noqa: F811
 
 def test_the_clocks_of_speed_measure_training_and_evaluation(data, capsys):     # noqa: F811
     from beyond.wire import Wire
-    evaluate, receive = fedavg.evaluate, Wire.receive
+    evaluate, receive = fedavg.Server.evaluate, Wire.receive
     try:
         speed.inner(f'--data_dir {data} --num_users 10 --epochs 3 --gpu -1'.split())
     finally:
-        fedavg.evaluate, Wire.receive = evaluate, receive
+        fedavg.Server.evaluate, Wire.receive = staticmethod(evaluate), receive
     out = capsys.readouterr().out
     assert 's/round; with evaluation' in out
     assert 0 < float(out.partition('local training ')[2].partition(' %')[0]) < 100
