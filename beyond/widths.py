@@ -21,8 +21,8 @@ from options import fail, number, several, shown
 def flags(add):
     """--widths, --separable."""
     add('widths', None, several(number(float, 0, 1, above=True)), 'fractions of the hidden units '
-        'that clients have, as 1,0.5,0.25: of n, client k has number k mod n, counted from 0; one is '
-        '1')
+        'that clients have, as 1,0.5,0.25; client k has number k mod n of them, counted from 0; '
+        'one is 1')
     add('separable', 0, bool,
         '1: the second convolution of --model cnn is depthwise, then pointwise')
 
