@@ -322,11 +322,12 @@ def parsed():
     args = parser.parse_args()
     if args.lr is not None and (args.lr <= 0 or not args.cell or args.check_eta):
         parser.error(f'--lr {args.lr}: has to be above 0 and goes with --cell, without --check_eta')
+    args.data_dir = os.path.abspath(args.data_dir)
     return args
 
 def chosen(args):
-    """{(table, cell): (flags, the paper's rounds)} that the command line asks for; a cell that
-    stands in two tables once, under the later one's name."""
+    """{(table, cell): (flags, with --more, the paper's rounds)} that the command line asks for; a
+    cell that stands in two tables once, under the later one's name."""
     found, parts = cells(), set((args.cell or '').split(',')) - {''}
     of_table = [key for key in found if args.table in (None, key[0])]
     names = {words: key for key, (words, _) in found.items()}
@@ -334,7 +335,8 @@ def chosen(args):
     if not keys:
         sys.exit(f'--cell {args.cell}: no such cell; there are '
                  + '; '.join(cell for _, cell in of_table))
-    return {key: found[key] for key in keys}
+    return {key: (f'{args.more} {words}'.strip(), paper)
+            for key, (words, paper) in found.items() if key in keys}
 
 def missing(args, found):
     """{(table, cell): (seeds not run yet, a guess at what they cost)}, the cheapest first."""
@@ -375,8 +377,7 @@ def main():
     found = chosen(args)
     if args.check_eta:
         for (table, cell), (words, paper) in found.items():
-            words = f'{args.more} {words}'.strip()
-            check_eta(table, cell, words, paper, os.path.abspath(args.data_dir))
+            check_eta(table, cell, words, paper, args.data_dir)
         return
     todo = missing(args, found)
     if not todo:
@@ -384,9 +385,8 @@ def main():
               'there are run again', file=sys.stderr)
     remaining, speed = sum(guess for _, guess in todo.values()), []
     for key, (seeds, guess) in todo.items():
-        (words, paper), began = found[key], time.time()
-        words = f'{args.more} {words}'.strip()
-        reproduce(key, (words, paper), seeds, os.path.abspath(args.data_dir), args.lr)
+        began = time.time()
+        reproduce(key, found[key], seeds, args.data_dir, args.lr)
         remaining -= guess
         speed.append((time.time() - began) / guess)
         hours = statistics.median(speed) * remaining / 3600
