@@ -230,14 +230,13 @@ def flags(add):
     add('alpha', None, number(float, 0, above=True),
         'with --iid 0: a Dirichlet(alpha) split over the labels instead of shards')
     add('unequal', 0, bool, "1: the clients' sizes n_k differ by a log-normal factor")
-    add('gpu', 0, devices, 'CUDA device, used when CUDA is present; -1 is the CPU; two, as '
-        '0,1, with --cut')
+    add('gpu', 0, devices, 'CUDA device, used when CUDA is present; -1 is the CPU')
     add('seed', 1, number(int, 0),
         'the one seed of partition, selection, initialization and shuffling')
     add('bs', 250, number(int, 1), 'batch size of the evaluation')
     add('target', None, number(float, 0, 1, above=True, hint='0.97 is 97 %'),
         'stop at this test accuracy and report the rounds that it took')
-    add('verbose', 0, bool, '1: lines about each update too; none with --secagg')
+    add('verbose', 0, bool, '1: lines about each update too')
 
 def check(args):
     """What no single flag can see: values that contradict each other or the data. Fills in the

@@ -22,7 +22,7 @@ from options import fail, number, shown
 def flags(add):
     """--cut."""
     add('cut', None, number(int, 1), 'L: clients train the first L layers and the server the '
-        'others, on what the clients send it')
+        'others, on what the clients send it; on two GPUs with --gpu 0,1')
 
 CLASHES = (('cut', 'dp user', "whose noise the server's half would lack"),
            ('cut', 'dp example', 'which does not hide what clients send at each step'),

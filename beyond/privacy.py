@@ -26,7 +26,7 @@ from options import fail, number, requires
 from sampling import rng
 
 LEAST = 10          # clients (or examples of the largest client) for which a delta makes sense
-UNLUCKY = 2**-29    # a round: the graph of one of two neighbouring data sets is too thin
+UNLUCKY = 2**-29    # chance in a round that the graph of either of two neighbours is too thin
 
 def flags(add):
     """--dp, --clip, --noise, --epsilon, --delta."""
@@ -58,7 +58,7 @@ def check(args):
 
 class Accounted(Room):
     """Knows what the rounds cost, finds the noise for --epsilon, and stops when that is spent.
-    Subclasses answer cost_of(t, noise), and who(): (how many, of what) delta is for."""
+    Subclasses answer cost_of(t, noise), and who(): (how many, their name) delta is for."""
     noise = None
 
     def prepare(self):

@@ -26,7 +26,8 @@ from sampling import rng
 
 def flags(add):
     """--secagg, --threshold, --neighbors, --range."""
-    add('secagg', 0, bool, '1: secure aggregation; the server sees masked integers and their sum')
+    add('secagg', 0, bool, '1: secure aggregation; the server sees masked integers and their '
+        'sum; up to 16 bits a value if --quantize is not given')
     add('threshold', None, number(float, 0, 1, above=True), 'with --secagg: fraction of S_t that '
         'must stay for the sum to be revealed; 2/3 if not given; half or less is not safe')
     add('neighbors', None, number(int, 2), 'with --secagg: the clients with which each shares its '

@@ -22,8 +22,7 @@ from sampling import rng
 def flags(add):
     """--quantize, --topk, --error_feedback."""
     add('quantize', None, number(int, 1, 16),
-        'bits a value of an uploaded w_k - w, rounded stochastically; if not given fp32, and with '
-        '--secagg up to 16')
+        'bits a value of an uploaded w_k - w, rounded stochastically; fp32 if not given')
     add('topk', None, number(float, 0, 1, above=True),
         'fraction of the values of w_k - w that are uploaded, those of largest magnitude')
     add('error_feedback', 1, bool,
