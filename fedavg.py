@@ -339,8 +339,8 @@ def assembled(argv, classes):
     args.device = device(args.gpu)
     args.shape, args.num_channels, args.num_classes = shape(args)
     hooks, steps = vars(LocalUpdate).keys() - dir(Server), vars(Server).keys() - dir(LocalUpdate)
-    mine = [cls for cls in classes if issubclass(cls, LocalUpdate) or hooks & vars(cls).keys()]
-    others = [cls for cls in classes if cls not in mine or steps & vars(cls).keys()]
+    mine = [cls for cls in classes if issubclass(cls, LocalUpdate) or hooks & set(dir(cls))]
+    others = [cls for cls in classes if cls not in mine or steps & set(dir(cls))]
     outermost, servers, clients = beyond.chosen(args) if beyond else ([], [], [])
     Client = type('Client', (*mine, *clients, LocalUpdate), {'stacks': True})
     return type('Server', (*outermost, *others, *servers, Server), {'Client': Client})(args)

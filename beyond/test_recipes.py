@@ -67,9 +67,12 @@ def test_classes_of_ones_own_override_steps_and_hooks(run):
             super().adjust(parameters, start)
             for p in parameters:
                 p.grad = -p.grad
+    class Inherits(Backwards):
+        pass
     assert len({row['test_loss'] for row in run('', Frozen)}) == 1
-    losses = [row['test_loss'] for row in run('--epochs 2 --lr 0.01', Backwards)]
-    assert losses[0] < losses[1]
+    for cls in (Backwards, Inherits):
+        losses = [row['test_loss'] for row in run('--epochs 2 --lr 0.01', cls)]
+        assert losses[0] < losses[1]
 
 def recipes():
     """The Python blocks of beyond/README.md, {title: code}."""
