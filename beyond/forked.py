@@ -35,17 +35,18 @@ class Forked(Processes):
 
     def __init__(self, args):
         super().__init__(args)
-        cuda = args.device.type == 'cuda'
-        if cuda and (args.processes or 1) > 1:
-            fail(f'--processes {args.processes}: on GPUs, start one for each by torchrun '
-                 f'--nproc_per_node={args.processes}', everyone=True)
-        self.size = args.processes or (1 if cuda else min(cores(), self.most()))
+        # Where there is a GPU, autograd fails in the children of a process that has used it, even
+        # on the CPU: after an earlier run, or where the step was compiled.
+        self.forks = not torch.cuda.is_available()
+        if not self.forks and (args.processes or 1) > 1:
+            fail(f'--processes {args.processes}: a machine with a GPU cannot fork them; start them '
+                 f'by torchrun --nproc_per_node={args.processes}', everyone=True)
+        self.size = args.processes or (min(cores(), self.most()) if self.forks else 1)
         self.threads, self.children = torch.get_num_threads(), []
 
     def load(self, state):
         super().load(state)
-        cpu = self.args.device.type == 'cpu'
-        if state and cpu and not self.args.processes:       # the same number gives the same bits
+        if state and self.forks and not self.args.processes:    # the same number, the same bits
             self.size = state['processes']
             if type(self.size) is not int or self.size < 1:
                 raise ValueError(f'{self.size!r} is not a number of processes')

@@ -85,6 +85,7 @@ class Personal(Room):
         weighted as the client holds them."""
         device, C = self.args.device, self.args.num_classes
         w = self.from_rank_0({name: v.cpu() for name, v in self.w.items()})
+        w = {name: v.to(device) for name, v in w.items()}
         accuracies = torch.zeros(2, self.K, dtype=torch.float64, device=device)
         of_w = self.by_label(w, range(C))
         tested = torch.bincount(self.whole_test.tensors[1], minlength=C).cpu() > 0

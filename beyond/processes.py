@@ -26,7 +26,8 @@ from options import number, requires
 def flags(add):
     """--processes, --timeout."""
     add('processes', None, number(int, 1), 'processes in which clients train; if not given, one '
-        'for each core on Linux, m at most; 1 elsewhere or on a GPU; under torchrun, its number')
+        'for each core on Linux, m at most; 1 elsewhere and where there is a GPU; under torchrun, '
+        'its number')
     add('timeout', None, number(float, 0, 1e6, above=True), 'under torchrun: minutes that a '
         'process waits for the others; a day if not given')
 

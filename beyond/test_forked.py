@@ -15,7 +15,10 @@ import torch
 
 import fedavg
 from beyond import forked
-from test_fedavg import data, near, read_log, run, same, weights      # noqa: F401
+from test_fedavg import data, near, read_log, refused, run, same, weights      # noqa: F401
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(),
+                                reason='where there is a GPU, no process is forked')
 
 def test_one_two_and_three_processes_agree_and_each_number_repeats_its_bits(
         run, tmp_path, capsys):     # noqa: F811
@@ -58,6 +61,17 @@ def test_the_number_is_that_of_the_cores_the_clients_or_the_checkpoint(
     assert number(f'{checkpoint} --epochs 2 --resume') == 3
     assert number(f'{checkpoint} --epochs 3 --resume --processes 1') == 1
     assert torch.get_num_threads() == 1     # as the tests have set it
+
+def test_where_there_is_a_gpu_no_process_is_forked(
+        run, refused, capsys, tmp_path, monkeypatch):       # noqa: F811
+    monkeypatch.setattr(forked, 'cores', lambda: 2)
+    run(f'--epochs 1 --processes 2 --checkpoint {tmp_path}/c.pt')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for words in ('--epochs 1', f'--epochs 2 --checkpoint {tmp_path}/c.pt --resume'):
+        run(words)
+        assert ' on 1 x cpu' in capsys.readouterr().out.split('on 2 x cpu')[-1]
+    line = refused(['--processes', '2'])
+    assert '--processes 2: ' in line and '--nproc_per_node=2' in line
 
 WORDS = ('--num_users 10 --frac 1 --local_ep 4 --local_bs 1 --epochs 200 --engine loop --gpu -1 '
          '--processes 3')

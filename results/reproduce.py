@@ -107,8 +107,10 @@ def run(words, lr, seed, rounds, data_dir):
     words = f'{words} --lr {lr} --seed {seed}'
     checkpoint = HERE / (words.replace('--', '').replace(' ', '_') + '.pt')
     began = time.time()
-    pace = '--processes 2 --bs 50' if '--model lstm' in words else '--processes 1 --save_every 10'
-    argv = f'{words} --epochs {rounds} {pace} --data_dir {data_dir}'.split()
+    text = '--model lstm' in words
+    pace = '--bs 50' if text else '--save_every 10'
+    pace += f' --processes {2 if text and not torch.cuda.is_available() else 1}'
+    argv = f'{words} --epochs {rounds} {pace}'.split() + ['--data_dir', data_dir]
     argv += ['--checkpoint', str(checkpoint)] + ['--resume'] * checkpoint.exists()
     try:
         history = fedavg.main(argv)
@@ -143,8 +145,10 @@ def machine():
     import torch
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    with open('/proc/cpuinfo') as f:
-        names = [line.split(':')[1].strip() for line in f if line.startswith('model name')]
+    names = []
+    if os.path.exists('/proc/cpuinfo'):         # on Linux
+        with open('/proc/cpuinfo') as f:
+            names = [line.split(':')[1].strip() for line in f if line.startswith('model name')]
     return f'{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads'
 
 def tried(words):
