@@ -4,13 +4,18 @@
 
 Renyi divergences of the sampled Gaussian mechanism (Mironov et al. 2019, arXiv 1908.10530),
 converted by Canonne et al. 2020 (arXiv 2004.00010). Neighbouring data sets differ in one client
-(or example) that only one of them has: add or remove one.
+(or example) that only one of them has: add or remove one. Accounted keeps the account of a run.
 """
 import functools
 import math
 
 import numpy as np
 import torch
+
+from beyond import Room
+from options import fail
+
+LEAST = 10          # clients (or examples of the largest client) for which a delta makes sense
 
 # Orders of the Renyi divergence; an epsilon is the least that any of them gives.
 ORDERS = np.concatenate([np.arange(1.5, 11, 0.1), np.arange(11, 64), 2.0 ** np.arange(6, 15)])
@@ -107,3 +112,70 @@ def binomial(n, p, k):
         return float(k == n * p)
     choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     return math.exp(choose + k * math.log(p) + (n - k) * math.log1p(-p))
+
+##################################### The run #####################################
+
+class Accounted(Room):
+    """Knows what the rounds cost, finds the noise for --epsilon, and stops when that is spent.
+    Subclasses answer cost_of(t, noise), and who(): (how many, their name) delta is for."""
+    noise = None
+
+    def prepare(self):
+        super().prepare()
+        args, (n, what) = self.args, self.who()
+        self.delta = args.delta or max(n, 1) ** -1.1
+        if args.delta is None and n < LEAST:
+            fail(f'--dp {args.dp}: no delta makes sense for {n} {what}; take {LEAST} or more, or '
+                 f'give one with --delta, at most 1/{n}', everyone=True)
+        if self.delta > 1 / n:
+            fail(f'--delta {args.delta:g}: publishing one of {n} {what} would satisfy it; take '
+                 f'1/{n} or less', everyone=True)
+        self.noise = args.noise if args.noise is not None else self.noise
+        if self.noise is not None:
+            return
+        try:
+            self.noise = least_noise(lambda z: self.cost_of(args.epochs, z), args.epsilon)
+        except ValueError as e:
+            fail(f'--epsilon {args.epsilon}: {e}; take more', everyone=True)
+        print(f'--epsilon {args.epsilon}: noise {self.noise:.4g} for {args.epochs} rounds')
+
+    def done(self, r):
+        if super().done(r):
+            return True
+        r.epsilon, budget = self.cost_of(r.t, self.noise), self.args.epsilon
+        if budget and r.epsilon > budget:
+            print(f'--epsilon {budget} is spent after round {r.t - 1}')
+            return True
+        return False
+
+    def measure(self, w, r):
+        return super().measure(w, r) | {'epsilon': r.epsilon}
+
+    def describe(self, row):
+        return f'{super().describe(row)}   epsilon {row["epsilon"]:.3g} at delta {self.delta:.2g}'
+
+    def summary(self):
+        args = self.args
+        return [*super().summary(), f'epsilon {self.history[-1]["epsilon"]:.3g} at delta '
+                f'{self.delta:.3g} ({args.dp}, noise {self.noise:.4g}, clip {args.clip:g})']
+
+    def notes(self):
+        return super().notes() | {'noise': self.noise, 'delta': self.delta}
+
+    def state(self):
+        return super().state() | {'Accounted': {'noise': self.noise}}
+
+    def load(self, state):
+        super().load(state)
+        self.noise = z = state.get('Accounted', {}).get('noise')
+        if z is not None and (type(z) is not float or not 0 <= z < math.inf):
+            raise ValueError(f'{z!r} is not a deviation of noise')
+
+def guarded(cls, inner, *names):
+    """Exits with one line if a class of the user's own, which stands before inner in cls, replaces
+    a method of inner that epsilon rests on."""
+    for mine in cls.__mro__[:cls.__mro__.index(inner)]:
+        replaced = set(names) & set(vars(mine))
+        if replaced and not mine.__module__.startswith('beyond.'):
+            fail(f'--dp: {mine.__name__} has a {min(replaced)} of its own, and epsilon would not '
+                 f'hold; leave that, or --dp, out', everyone=True)

@@ -26,3 +26,8 @@ def shaped(vector, w):
 def unflat(vector, w):
     """The state_dict like w with its floating point tensors from vector, (d,)."""
     return w | {name: v.to(w[name].dtype) for name, v in shaped(vector, w).items()}
+
+def clip(update, S):
+    """update, (d,), scaled down to an L2 norm of S if longer (McMahan et al. 2018, Section 2)."""
+    norm = update.double().norm()
+    return update * (S / norm) if norm > S else update

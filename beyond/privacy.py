@@ -19,13 +19,11 @@ import numpy as np
 import torch
 from torch.func import functional_call, grad_and_value, vmap
 
-from beyond import Room
-from beyond.accountant import binomial, epsilon, largest, least_noise
-from beyond.flat import flat, unflat
+from beyond.accountant import Accounted, binomial, epsilon, guarded, largest
+from beyond.flat import clip, flat, unflat
 from options import fail, number, requires
 from sampling import rng
 
-LEAST = 10          # clients (or examples of the largest client) for which a delta makes sense
 UNLUCKY = 2**-29    # chance in a round that the graph of either of two neighbours is too thin
 
 def flags(add):
@@ -56,65 +54,23 @@ def check(args):
     if args.dp == 'user' and not args.frac:
         fail('--dp user: a client is sampled with probability --frac; give one above 0')
 
-class Accounted(Room):
-    """Knows what the rounds cost, finds the noise for --epsilon, and stops when that is spent.
-    Subclasses answer cost_of(t, noise), and who(): (how many, their name) delta is for."""
-    noise = None
-
-    def prepare(self):
-        super().prepare()
-        args, (n, what) = self.args, self.who()
-        self.delta = args.delta or max(n, 1) ** -1.1
-        if args.delta is None and n < LEAST:
-            fail(f'--dp {args.dp}: no delta makes sense for {n} {what}; take {LEAST} or more, or '
-                 f'give one with --delta, at most 1/{n}', everyone=True)
-        if self.delta > 1 / n:
-            fail(f'--delta {args.delta:g}: publishing one of {n} {what} would satisfy it; take '
-                 f'1/{n} or less', everyone=True)
-        self.noise = args.noise if args.noise is not None else self.noise
-        if self.noise is not None:
-            return
-        try:
-            self.noise = least_noise(lambda z: self.cost_of(args.epochs, z), args.epsilon)
-        except ValueError as e:
-            fail(f'--epsilon {args.epsilon}: {e}; take more', everyone=True)
-        print(f'--epsilon {args.epsilon}: noise {self.noise:.4g} for {args.epochs} rounds')
-
-    def done(self, r):
-        if super().done(r):
-            return True
-        r.epsilon, budget = self.cost_of(r.t, self.noise), self.args.epsilon
-        if budget and r.epsilon > budget:
-            print(f'--epsilon {budget} is spent after round {r.t - 1}')
-            return True
-        return False
-
-    def measure(self, w, r):
-        return super().measure(w, r) | {'epsilon': r.epsilon}
-
-    def describe(self, row):
-        return f'{super().describe(row)}   epsilon {row["epsilon"]:.3g} at delta {self.delta:.2g}'
-
-    def summary(self):
-        args = self.args
-        return [*super().summary(), f'epsilon {self.history[-1]["epsilon"]:.3g} at delta '
-                f'{self.delta:.3g} ({args.dp}, noise {self.noise:.4g}, clip {args.clip:g})']
-
-    def notes(self):
-        return super().notes() | {'noise': self.noise, 'delta': self.delta}
-
-    def state(self):
-        return super().state() | {'Accounted': {'noise': self.noise}}
-
-    def load(self, state):
-        super().load(state)
-        self.noise = z = state.get('Accounted', {}).get('noise')
-        if z is not None and (type(z) is not float or not 0 <= z < math.inf):
-            raise ValueError(f'{z!r} is not a deviation of noise')
-
 class PrivateServer(Accounted):
     """DP-FedAvg (McMahan et al. 2018, Algorithm 1)."""
     agreed = None       # with --secagg: how many clients must stay for a sum to be revealed
+
+    def __init__(self, args):
+        super().__init__(args)
+        guarded(type(self), PrivateServer, 'select', 'weight')
+        w = {name: v for name, v in self.net.state_dict().items() if v.is_floating_point()}
+        learns = {name: p.requires_grad
+                  for name, p in self.net.named_parameters(remove_duplicate=False)}
+        if w.keys() - learns:
+            fail(f'--dp user: {args.model} has buffers, as batch norm has its running statistics, '
+                 'which noise would spoil; take another --model', everyone=True)
+        self.learns = torch.cat([torch.full((v.numel(),), learns[name]) for name, v in w.items()])
+
+    def crosses(self, k, r):
+        return super().crosses(k, r) & self.learns      # to what is frozen no noise is added
 
     def prepare(self):
         super().prepare()
@@ -217,6 +173,7 @@ class PrivateExamples(Accounted):
     def __init__(self, args):
         super().__init__(args)
         self.samples = {}           # {t: S_t}
+        guarded(self.Client, PrivateClient, 'train', 'batches', 'gradient')
         mixed = torch.nn.RNNBase, torch.nn.modules.batchnorm._BatchNorm
         if any(isinstance(layer, mixed) for layer in self.net.modules()):
             fail(f'--dp example: {args.model} has a recurrent or batch norm layer, which gives no '
@@ -288,13 +245,6 @@ def trained(net):
     """{name: parameter} of those that are not frozen."""
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
-######################################## DP-FedAvg's parts ########################################
-
 def poisson(K, C, draw):
     """S_t: each of K clients with probability C, by the generator draw (McMahan et al. 2018)."""
     return np.flatnonzero(draw.random(K) < C)
-
-def clip(update, S):
-    """update, (d,), scaled down to an L2 norm of S if longer (McMahan et al. 2018, Section 2)."""
-    norm = update.double().norm()
-    return update * (S / norm) if norm > S else update

@@ -10,9 +10,8 @@ from torch import nn
 
 import fedavg
 import sampling
-from beyond.accountant import ORDERS, largest, renyi
-from beyond.privacy import (PrivateClient, PrivateServer, clip, epsilon, least_noise,
-                            poisson)
+from beyond.accountant import ORDERS, largest, least_noise, renyi
+from beyond.privacy import PrivateClient, PrivateServer, clip, epsilon, poisson
 from beyond.test_wire import server
 from beyond.wire import Wire
 from test_fedavg import client_args, data, final, refused, run, toy     # noqa: F401
@@ -154,6 +153,49 @@ def test_a_delta_that_publishing_someone_meets_is_refused(refused, run):        
             ('--dp example --num_users 10 --delta 0.04', 'take 1/30 or less')):
         assert said in refused(f'--clip 1 --noise 1 {words}'.split())
     assert len(run('--dp user --num_users 9 --clip 1 --noise 1 --delta 0.01')) == 3
+
+def test_a_class_that_would_void_epsilon_is_refused_in_a_line(run, capsys):     # noqa: F811
+    class Adds:                 # to what the room does
+        def adjust(self, parameters, start):
+            super().adjust(parameters, start)
+        def receive(self, updates, w, r):
+            return super().receive(updates, w, r)
+    for words, names in (('user', ('weight', 'select')),
+                         ('example', ('gradient', 'batches', 'train'))):
+        words = f'--dp {words} --clip 1 --noise 1 --epochs 1 --frac 1'
+        for name in names:
+            with pytest.raises(SystemExit):
+                # train is also a step of the server, so that a class of clients says which it is.
+                run(words, type('Own', (fedavg.LocalUpdate,) * (name == 'train'),
+                                {name: lambda *_: 1, '__module__': 'mine'}))
+            assert f'Own has a {name} of its own' in capsys.readouterr().err
+        run(words, Adds)
+
+class Frozen(nn.Module):
+    """A linear net whose first layer does not train."""
+    def __init__(self, args):
+        super().__init__()
+        self.first, self.last = nn.Linear(784, 20), nn.Linear(20, 10)
+        self.first.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(self.first(x.flatten(1)))
+
+class Normed(Frozen):
+    """One with batch norm."""
+    def __init__(self, args):
+        super().__init__(args)
+        self.last = nn.Sequential(nn.BatchNorm1d(20), self.last)
+
+def test_dp_adds_no_noise_to_frozen_layers_and_takes_no_running_statistics(
+        run, capsys):       # noqa: F811
+    words = '--dp user --clip 1 --lr 1e-9 --frac 1 --epochs 1 --model beyond.test_privacy:'
+    a, b = (final(run, f'{words}Frozen --noise {noise}') for noise in (0, 2))
+    assert torch.equal(a['first.weight'], b['first.weight'])
+    assert (a['last.weight'] - b['last.weight']).std().item() == pytest.approx(0.2, rel=0.2)
+    with pytest.raises(SystemExit):
+        run(f'{words}Normed --noise 2')
+    assert 'Normed has buffers' in capsys.readouterr().err
 
 ######################################## DP-SGD ########################################
 

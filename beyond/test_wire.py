@@ -39,7 +39,10 @@ def server(w, *rooms, **more):
     class Weights(Still):
         def __init__(self, args):
             super().__init__(args)
-            self.w, self.net = w, SimpleNamespace(state_dict=lambda: w)
+            learns = [(name, torch.nn.Parameter(v)) for name, v in w.items()
+                      if v.is_floating_point()]
+            self.w, self.net = w, SimpleNamespace(state_dict=lambda: w,
+                                                  named_parameters=lambda **_: learns)
     return type('Server', (*rooms, beyond.Room, Weights), {})(args)
 
 def sent(made, updates, t=1):
