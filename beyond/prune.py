@@ -54,7 +54,7 @@ class Pruned(Room):
         else:
             args = self.args
             s = sparsity(r.t, args.prune, args.prune_begin, args.prune_end)
-            mask = unpruned(w, s)
+            mask = unpruned(w, matrices(self.net), s)
             self.send_mask(mask, held, r)
             r.mask = mask
         return super().send(unflat(flat(w) * r.mask, w), S_t, r)
@@ -123,10 +123,15 @@ class PrunedClient:
         for p, mask in zip(parameters, self.masks):
             p.mul_(mask.to(p.device))       # the back half's may be another
 
-def unpruned(w, s):
-    """Which values of flat(w) stay when the fraction s of the weights in its matrices and filters
-    is pruned, those of smallest magnitude: (d,) bool. Biases stay."""
-    mask = torch.cat([torch.full((v.numel(),), v.dim() < 2)
-                      for v in w.values() if v.is_floating_point()])
+def matrices(net):
+    """The names of net's matrices and filters: its parameters, but for biases."""
+    parameters = net.named_parameters(remove_duplicate=False)
+    return {name for name, p in parameters if p.dim() >= 2}
+
+def unpruned(w, names, s):
+    """Which values of flat(w) stay when the fraction s of the weights that these names have is
+    pruned, those of smallest magnitude: (d,) bool."""
+    mask = torch.cat([torch.full((v.numel(),), name not in names)
+                      for name, v in w.items() if v.is_floating_point()])
     mask[~mask] = prune(flat(w)[~mask], s)
     return mask

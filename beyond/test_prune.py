@@ -1,10 +1,11 @@
 """Pruning: the mask, its schedule, and what it saves in both directions."""
 import pytest
 import torch
+from torch import nn
 
 import compress
 import fedavg
-from beyond.prune import Pruned, PrunedClient, unpruned
+from beyond.prune import Pruned, PrunedClient, matrices, unpruned
 from beyond.test_wire import sent, server
 from beyond.wire import Wire
 from test_fedavg import client_args, data, final, image_toy, run      # noqa: F401
@@ -14,7 +15,7 @@ def masked(net, s, **more):
     from beyond.flat import flat, shaped, unflat
     dataset, _ = image_toy('2nn')
     w = net.state_dict()
-    mask = unpruned(w, s)
+    mask = unpruned(w, matrices(net), s)
     net.load_state_dict(unflat(flat(w) * mask, w))
     Client = type('Client', (PrunedClient, fedavg.LocalUpdate), {})
     client = Client(client_args(local_bs=4, **more), dataset, range(70))
@@ -32,6 +33,12 @@ def test_pruning_takes_the_smallest_weights_of_all_matrices_and_no_bias():
     assert torch.equal(v['a.bias'], w['a.bias']) and v['n'] == 7
     assert r.mask.tolist() == [False, True, False, True, True, True, True, False]
     assert len(made.crosses(0, r)) == 8 and made.crosses(0, r).sum() == 5
+
+def test_buffers_are_not_pruned():
+    net = nn.BatchNorm2d(3)
+    net.register_buffer('grid', torch.ones(4, 4))
+    net.layer = nn.Linear(2, 2)
+    assert matrices(net) == {'layer.weight'}
 
 def test_the_mask_is_counted_once_for_each_client_when_it_changes():
     w, down = {'v': torch.arange(1.0, 17).view(4, 4)}, []

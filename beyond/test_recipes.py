@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+from torch import nn
 
 import fedavg
 from test_fedavg import HERE, data, refused, run, write_plays     # noqa: F401
@@ -83,6 +84,22 @@ def test_there_are_three_recipes_of_at_most_fifteen_lines():
     found = recipes()
     assert len(found) == 3
     assert all(len(code.strip().splitlines()) <= 15 for code in found.values())
+
+class Counted(nn.Module):
+    """A net with batch norm, which counts its batches in an int."""
+    def __init__(self, args):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 9), nn.BatchNorm1d(9),
+                                    nn.Linear(9, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+
+def test_server_momentum_leaves_what_is_counted_alone(run):
+    found = {}
+    code = recipes()['Server momentum (FedAvgM)'].partition('history')[0]
+    exec(code, found)
+    run('--model beyond.test_recipes:Counted', found['Momentum'])
 
 @pytest.mark.parametrize('number', range(3))
 def test_a_recipe_runs(number, tmp_path, monkeypatch, data):        # noqa: F811

@@ -98,7 +98,7 @@ class ServerMomentum:
 
     def average(self, updates, w, r):
         mean = super().average(updates, w, r)
-        r.velocity = {name: mean[name] - v + 0.9 * self.velocity.get(name, 0)
+        r.velocity = {name: mean[name] - v + 0.9 * self.velocity.get(name, 0 * v).to(v.device)
                       for name, v in w.items()}
         return {name: v + r.velocity[name] for name, v in w.items()}
 

@@ -105,15 +105,16 @@ class Wire(Room):
 
     def measure(self, w, r):
         if self.failed(r):
-            raise self.Stop(f'round {r.t}: no update is finite; the weights stay those of round '
-                            f'{r.t - 1}. Start again with a lower --lr than {self.args.lr}', 1)
+            raise self.Stop(f'round {r.t}: every update was left out; the weights stay those of '
+                            f'round {r.t - 1}. If they hold NaN or infinity, start again with a '
+                            f'lower --lr than {self.args.lr}', 1)
         if not r.tally['clients']:
             print(f'round {r.t}: ' + ('no update arrived' if r.S_t else 'no client was sampled'))
         counts = {name: int(r.tally[name]) for name in ('rejected', 'up_bytes', 'down_bytes')}
         return super().measure(w, r) | counts
 
     def failed(self, r):
-        """Whether clients sent updates and none of them is finite."""
+        """Whether clients sent updates and none of them could be used."""
         return 0 < r.tally['sent'] == r.tally['rejected']
 
     def describe(self, row):
