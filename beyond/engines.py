@@ -91,6 +91,15 @@ def unstackable(Client, Server, net):
         return f'{type(net).__name__} has a parameter with two names'
     return None
 
+def unlike(client, net):
+    """Why what the client's hooks make of net cannot train in a stack; None if it can."""
+    parameters, name = list(client.model(net).parameters()), type(client).__mro__[1].__name__
+    if not all(p.requires_grad for p in parameters):
+        return f'the model of {name} has frozen parameters'
+    if len(client.optimizer(parameters, client.args.lr).param_groups) > 1:
+        return f'the optimizer of {name} has several groups of parameters'
+    return None
+
 @torch.no_grad()
 def memory(net, x, B):
     """An estimate of the bytes that a client needs in a stack, with batches of B examples like x,
@@ -112,6 +121,11 @@ class Stacked(Room):
     def __init__(self, args):
         super().__init__(args)
         self.reason = unstackable(self.Client, type(self).__mro__[-2], self.net)
+        self.insist()
+
+    def insist(self):
+        """Exits with one line if stacks were asked for and cannot be had."""
+        args = self.args
         if self.reason and (args.engine == 'stacked' or args.compile):
             fail(f'--engine {args.engine}, --compile {args.compile}: the clients cannot train '
                  f'stacked, {self.reason}; take --engine loop and no --compile', everyone=True)
@@ -121,12 +135,15 @@ class Stacked(Room):
 
     def prepare(self):
         super().prepare()
+        k = next(iter(self.parts))
+        self.reason = self.reason or unlike(self.client(k, self.Round(0)), self.net)
+        self.insist()
         if self.reason:
             print(f'--engine {self.args.engine}: clients train one after the other, as '
                   f'{self.reason}')
             return
         B = min(self.args.local_bs, max(map(len, self.parts.values())))
-        kind, k = CompiledStack if self.args.compile else Stack, next(iter(self.parts))
+        kind = CompiledStack if self.args.compile else Stack
         self.stack_of = {net: kind(net, self.client(k, self.Round(0)), self.stack_size(net, B), B)
                          for net in self.nets()}
         self.check_loss()

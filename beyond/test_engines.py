@@ -220,6 +220,27 @@ def test_a_comment_is_no_edit_and_batchnorm_is_left_to_the_loop():
     assert unstackable(fedavg.LocalUpdate, fedavg.Server, recurrent) == (
         'vmap does not take memory, a GRU')
 
+class Freezes:
+    stacks = True
+    def model(self, net):
+        net = super().model(net)
+        net.fc1.requires_grad_(False)
+        return net
+
+class Groups:
+    stacks = True
+    def optimizer(self, parameters, lr):
+        return torch.optim.SGD([{'params': parameters[:1]}, {'params': parameters[1:]}], lr)
+
+@pytest.mark.parametrize('Own', (Freezes, Groups))
+def test_hooks_that_a_stack_would_miss_are_left_to_the_loop(Own, run, capsys):     # noqa: F811
+    run('--epochs 1', Own)
+    assert f'one after the other, as the {"model" if Own is Freezes else "optimizer"} of Own' in (
+        capsys.readouterr().out.replace(Own.__name__, 'Own'))
+    with pytest.raises(SystemExit):
+        run('--epochs 1 --engine stacked', Own)
+    assert 'take --engine loop' in capsys.readouterr().err
+
 class Spare(nn.Module):
     """A net with a layer that it does not use, or with one under two names."""
     def __init__(self, tied):
