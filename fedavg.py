@@ -205,8 +205,8 @@ class Server:
         *sets, self.parts, self.n_k = self.holdings()               # {k: indices}, (K,)
         self.train_set, self.test_set = (
             TensorDataset(*(v.to(self.args.device) for v in data.tensors)) for data in sets)
-        self.net.to(self.args.device, memory_format=torch.channels_last)    # faster convolutions
-        self.w = copy.deepcopy(self.net.state_dict())
+        fastest = None if 5 in {p.dim() for p in self.net.parameters()} else torch.channels_last
+        self.w = copy.deepcopy(self.net.to(self.args.device, memory_format=fastest).state_dict())
 
     def holdings(self):
         """(training set, test set, {k: indices into the training set}, n_k of all clients)."""

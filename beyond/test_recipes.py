@@ -85,6 +85,19 @@ def test_there_are_three_recipes_of_at_most_fifteen_lines():
     assert len(found) == 3
     assert all(len(code.strip().splitlines()) <= 15 for code in found.values())
 
+class Deep(nn.Module):
+    """A net with a convolution in three dimensions."""
+    def __init__(self, args):
+        super().__init__()
+        self.filter, self.last = nn.Conv3d(1, 2, 3, padding=1), nn.Linear(2 * 784, 10)
+
+    def forward(self, x):
+        return self.last(self.filter(x[:, None]).flatten(1))
+
+def test_a_net_may_have_convolutions_in_three_dimensions(run):
+    history = run('--model beyond.test_recipes:Deep --lr 0.02')
+    assert history[-1]['train_loss'] < history[0]['train_loss']
+
 class Counted(nn.Module):
     """A net with batch norm, which counts its batches in an int."""
     def __init__(self, args):
