@@ -153,7 +153,7 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
                 a: v.shape for a, v in first.items()}:
             raise ValueError('the state_dicts differ in their keys or shapes, or hold no floats')
         for name, v in total.items():
-            v.add_(w_k[name].double(), alpha=float(n_k))
+            v.add_(w_k[name].to(v), alpha=float(n_k))      # to its device too
         m_t += float(n_k)
     m_t = next(iter(total.values()), torch.zeros(1)).new_tensor(m_t)
     all_sum([m_t, *total.values()])

@@ -30,7 +30,7 @@ def build(args):
         return imported(args)
     if args.model == 'lstm':
         return CharLSTM(args)
-    shape = getattr(args, 'shape', None) or {1: (1, 28, 28), 3: (3, 32, 32)}[args.num_channels]
+    shape = shape_of(args)
     if args.model in ('2nn', 'mlp'):
         net = {'2nn': TwoNN, 'mlp': MLP}[args.model]
         return net(math.prod(shape), 200, args.num_classes)
@@ -40,16 +40,20 @@ def build(args):
                          f'{"x".join(map(str, shape))}; take 2nn, or your own as module:Class')
     return nets[shape[0] == 3](args)
 
+def shape_of(args):
+    """args.shape, or that of images of 28x28 or 32x32 pixels by args.num_channels."""
+    return getattr(args, 'shape', None) or {1: (1, 28, 28), 3: (3, 32, 32)}[args.num_channels]
+
 def imported(args):
     """A net of the user's own class, which gives logits for two blank examples."""
-    module, _, name = args.model.partition(':')
+    (module, _, name), shape = args.model.partition(':'), shape_of(args)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     text = getattr(args, 'dataset', None) == 'shakespeare'
     try:
         net = getattr(importlib.import_module(module), name)(args)
         tried = isinstance(net, nn.Module) and copy.deepcopy(net).eval()
-        blank = torch.zeros(2, *args.shape, dtype=torch.int64 if text else torch.float32)
+        blank = torch.zeros(2, *shape, dtype=torch.int64 if text else torch.float32)
         if text:
             blank[0, 1:] = blank[1, 3:] = -1        # lines of one character and of three
             blank[1, 0] = args.num_classes - 1
@@ -58,12 +62,12 @@ def imported(args):
         reason = (str(e) or 'no reason given').splitlines()[0]
         raise ValueError(f'--model {args.model}: {type(e).__name__}: {reason}; it has to be a '
                          'class that can be imported from here, takes the flags and gives an '
-                         f'nn.Module for examples of shape {tuple(args.shape)}'
+                         f'nn.Module for examples of shape {tuple(shape)}'
                          + ', -1 after the end of a line' * text) from e
     if not tried or not any(p.requires_grad for p in net.parameters()):
         raise ValueError(f'--model {args.model}: gives a {type(net).__name__}, not an nn.Module '
                          'with parameters to train')
-    wanted = (2, args.num_classes, *(args.shape if text else ()))
+    wanted = (2, args.num_classes, *(shape if text else ()))
     tensor = torch.is_tensor(logits)
     if not tensor or logits.shape != wanted:
         given = tuple(logits.shape) if tensor else f'a {type(logits).__name__}'

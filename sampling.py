@@ -138,7 +138,8 @@ def unpack(path):
         with gzip.open(path) as packed, open(path.removesuffix('.gz'), 'wb') as f:
             shutil.copyfileobj(packed, f)
     except (EOFError, zlib.error, OSError) as e:
-        os.remove(path.removesuffix('.gz'))
+        with contextlib.suppress(OSError):
+            os.remove(path.removesuffix('.gz'))
         raise OSError(f'{path} is truncated or corrupt ({e}); delete it and fetch it again') from e
 
 def files(name, data_dir):

@@ -7,6 +7,7 @@ the program as a user runs it. beyond/ is not needed; its rooms have tests of th
 import ast
 import copy
 import csv
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -507,6 +508,19 @@ def test_a_net_that_is_not_known_is_refused():
         with pytest.raises(KeyError):
             models.build(SimpleNamespace(num_classes=10, **more))
 
+class Own(nn.Module):
+    """A net for images of 28x28."""
+    def __init__(self, args):
+        super().__init__()
+        self.layer = nn.Linear(784, args.num_classes)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+def test_a_class_of_ones_own_is_tried_on_images_of_the_default_shape():
+    args = SimpleNamespace(model='test_fedavg:Own', num_channels=1, num_classes=7)
+    assert models.build(args).layer.out_features == 7
+
 def test_the_papers_nets_are_their_layers_in_order():
     net, x = models.TwoNN(784, 200, 10), torch.randn(3, 1, 28, 28)
     layers = nn.Flatten(), net.fc1, nn.ReLU(), net.fc2, nn.ReLU(), net.fc3
@@ -702,6 +716,13 @@ def test_a_damaged_file_is_named(tmp_path, refused, file, damage):
     path = pathlib.Path(write_mnist(tmp_path)) / 'MNIST/raw' / file
     path.write_bytes(damage(path.read_bytes()))
     assert f'{file} is truncated or corrupt' in refused(['--data_dir', str(tmp_path)])
+
+def test_why_a_file_cannot_be_unpacked_is_said(tmp_path):
+    with gzip.open(tmp_path / 'file.gz', 'wb') as f:
+        f.write(b'content')
+    (tmp_path / 'file').mkdir()
+    with pytest.raises(OSError, match='file.gz.*directory'):
+        sampling.unpack(str(tmp_path / 'file.gz'))
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path, monkeypatch):
     labels = pathlib.Path(write_mnist(tmp_path)) / 'MNIST/raw/train-labels-idx1-ubyte'

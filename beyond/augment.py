@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from beyond import Room
+from options import fail
 from sampling import MEAN_STD, affine, rng, seed_torch
 
 def flags(add):
@@ -38,11 +39,18 @@ def shown_to(args):
     """What happens to images that a net of these args is evaluated on."""
     return functools.partial(tutorial, train=False) if as_in_the_paper(args) else lambda x: x
 
+def need_images(flag, x):
+    """Exits with one line if x, (n, ...), are no images."""
+    if x.dim() != 4:
+        fail(f'--{flag} 1: turns images, (channels, height, width), and these examples have shape '
+             f'{tuple(x.shape[1:])}; leave the flag out', everyone=True)
+
 class Augmented(Room):
     """The test set as the clients' nets expect it."""
     def prepare(self):
         super().prepare()
         x, y = self.test_set.tensors
+        need_images('augment', x)
         self.test_set = TensorDataset(shown_to(self.args)(x), y)
 
 class AugmentedClient:
@@ -60,6 +68,7 @@ class Balanced(Room):
     def prepare(self):
         super().prepare()
         x, y = self.train_set.tensors
+        need_images('balance', x)
         draw = rng(self.args.seed, 'balance')
         more, n = lacking(self.parts, y.cpu(), self.n_k.mean(), draw), len(y)
         originals = torch.from_numpy(np.concatenate(list(more.values()))).to(y.device)

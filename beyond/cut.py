@@ -129,7 +129,7 @@ def split(net, L):
     """(front, back): the first L stages of net and the others, two modules that share its
     parameters and their names; the back takes what the front returns.
 
-    Raises ValueError unless both have a stage.
+    Raises ValueError unless both have a stage with something to train.
     """
     names = list(getattr(net, 'stages', ()))
     if not names:
@@ -140,4 +140,10 @@ def split(net, L):
               if name not in names and list(layer.parameters())]
     if inside:
         raise ValueError(f'{type(net).__name__} cannot be cut: {inside[0]} begins no stage')
-    return Part(net, names[:L]), Part(net, names[L:])
+    inside = [name for name, _ in net.named_parameters(recurse=False)]
+    if inside:
+        raise ValueError(f'{type(net).__name__} cannot be cut: {inside[0]} is in no layer')
+    halves = Part(net, names[:L]), Part(net, names[L:])
+    if not all(any(p.requires_grad for p in half.parameters()) for half in halves):
+        raise ValueError(f'{type(net).__name__} cannot be cut there: one half is frozen')
+    return halves

@@ -76,6 +76,13 @@ class Distilled(Room):
         self.accuracy = self.evaluate(self.teacher, show(x), y, bs)[1]
         x, y = self.train_set.tensors
         self.train_set = TensorDataset(x, taught(self.teacher, show(x), y, bs))
+        client, y = self.client(next(iter(self.parts)), self.Round(0)), self.train_set.tensors[1]
+        try:
+            client.loss(y[:2, 1:], y[:2])
+        except Exception as e:      # whatever a loss of the user's makes of such labels
+            fail(f'--teacher {self.args.teacher}: the loss of {type(client).__mro__[1].__name__} '
+                 f"does not take labels with the teacher's logits beside them ({e}); let it call "
+                 'super().loss, or leave the flag out', everyone=True)
 
     def summary(self):
         last = self.history[-1]['test_acc']

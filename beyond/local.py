@@ -17,8 +17,8 @@ def flags(add):
         choices=('sgd', 'adamw'))
     add('mu', 0.0, number(float, 0, 1e9),
         "FedProx: mu / 2 |w - w_t|^2 is added to each client's loss")
-    add('bf16', 0, bool, '1: clients train in bfloat16 by autocast; faster on GPUs and, for '
-        'paper_cnn, on CPUs that have instructions for it; slower on other CPUs and for small nets')
+    add('bf16', 0, bool, '1: clients train in bfloat16 by autocast; faster for paper_cnn on CPUs '
+        'that have instructions for it; slower on other CPUs and for small nets')
 
 CLASHES = (('bf16', 'cut', 'whose halves exchange fp32'),
            ('bf16', 'model lstm', 'which many CPUs can train in fp32 only'))

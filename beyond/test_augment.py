@@ -154,6 +154,15 @@ def test_augmentation_reaches_the_step(run):        # noqa: F811
                           for augment in (0, 1))
         assert not same(plain, changed)
 
+def vectors(data_dir):
+    """A data set of vectors."""
+    return ([(torch.ones(5), 0)] * 20,) * 2
+
+@pytest.mark.parametrize('flag', ('--augment', '--balance'))
+def test_only_images_are_turned(flag, refused):
+    words = '--dataset beyond.test_augment:vectors --num_classes 2 --num_users 2'.split()
+    assert f'{flag} 1: turns images' in refused([*words, flag, '1'])
+
 def test_copies_are_refused_where_an_example_may_be_shown_once(refused):        # noqa: F811
     words = '--balance 1 --dp example --clip 1 --noise 1'
     assert '--dp example' in refused(words.split())

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import beyond
 import fedavg
@@ -38,6 +39,16 @@ def test_a_layer_inside_a_stage_is_no_place_to_cut():
     net.inside = torch.nn.Linear(8, 8)
     with pytest.raises(ValueError, match='inside begins no stage'):
         split(net, 1)
+
+def test_a_frozen_half_and_a_weight_in_no_layer_are_no_place_to_cut():
+    net = models.TwoNN(4, 3, 2)
+    net.fc1.requires_grad_(False)
+    split(net, 2)
+    with pytest.raises(ValueError, match='one half is frozen'):
+        split(net, 1)
+    net.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match='scale is in no layer'):
+        split(net, 2)
 
 def test_a_cut_run_is_the_uncut_one_and_counts_what_crosses(run, capsys):       # noqa: F811
     a, b = (final(run, f'--momentum 0.5 {words}') for words in ('--cut 2', '--engine loop'))

@@ -66,6 +66,20 @@ def test_a_teacher_teaches_a_smaller_net(run, tmp_path, capsys):        # noqa: 
     assert accuracy > 0.3
     assert f'0.636 MB, {100 * accuracy:.2f} %' in out
 
+def test_a_loss_that_does_not_know_the_teacher_is_refused(run, tmp_path, capsys):       # noqa: F811
+    class Plain:
+        def loss(self, logits, y, reduction='mean'):
+            return F.cross_entropy(logits, y, reduction=reduction)
+    class Half:
+        def loss(self, logits, y, reduction='mean'):
+            return super().loss(logits, y, reduction) / 2
+    words = f'--epochs 1 --teacher {tmp_path}/teacher'
+    run(f'--epochs 1 --checkpoint {tmp_path}/teacher')
+    run(words, Half)
+    with pytest.raises(SystemExit):
+        run(words, Plain)
+    assert 'the loss of Plain does not take labels' in capsys.readouterr().err
+
 def test_only_the_student_travels(run, tmp_path):       # noqa: F811
     run(f'--epochs 1 --model mlp --checkpoint {tmp_path}/teacher')
     history = run(f'--epochs 1 --model cnn --teacher {tmp_path}/teacher')

@@ -113,6 +113,19 @@ def test_a_net_of_other_layers_cannot_be_narrow(run, monkeypatch, capsys):      
         run('--widths 1,0.5')
     assert 'a layer of 2nn, LayerNorm, cannot be narrowed' in capsys.readouterr().err
 
+class Beside(nn.Module):
+    """Two layers beside each other."""
+    def __init__(self, args):
+        super().__init__()
+        self.left, self.right = nn.Linear(784, 10), nn.Linear(784, 10)
+
+    def forward(self, x):
+        return self.left(x.flatten(1)) + self.right(x.flatten(1))
+
+def test_layers_beside_each_other_cannot_be_narrow(refused):        # noqa: F811
+    words = '--widths 1,0.5 --model beyond.test_widths:Beside'.split()
+    assert 'follow one another' in refused([*words, '--num_users', '2'])
+
 def test_what_cannot_be_narrow_is_refused(refused, monkeypatch):        # noqa: F811
     monkeypatch.setattr(sampling, 'load', lambda *_: pytest.fail('data were read'))
     for words, said in (

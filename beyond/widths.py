@@ -51,6 +51,17 @@ class Widths(Room):
                      f'{type(layer).__name__}, cannot be narrowed; all have to be linear or '
                      'convolutions, with a bias', everyone=True)
 
+    def prepare(self):
+        super().prepare()
+        x = self.test_set.tensors[0][:2]
+        try:
+            for net in self.nets():
+                copy.deepcopy(net).eval()(x)
+        except Exception as e:      # whatever layers of other sizes make of a net of the user's
+            fail(f'--widths {shown(self.args.widths)}: a narrower {self.args.model} does not work '
+                 f'({str(e).splitlines()[0]}); its layers have to follow one another',
+                 everyone=True)
+
     def nets(self):
         return self.narrower
 

@@ -70,8 +70,9 @@ def seconds(command, env):
 def commands(args, model):
     """{name: command} of ours and of the peers."""
     me = str(pathlib.Path(__file__).resolve())
-    words = (f'--inner --data_dir {args.data_dir} --model {model} --local_ep 5 --lr 0.01 '
-             f'--gpu {args.gpu} --epochs {args.rounds + 1}').split()
+    words = (f'--model {model} --local_ep 5 --lr 0.01 --gpu {args.gpu} '
+             f'--epochs {args.rounds + 1}').split()
+    words = ['--inner', '--data_dir', args.data_dir, *words]
     runs = {name: [sys.executable, me, *words, *OURS[name].split()] for name in args.ours}
     pythons = dict(pair.split('=') for pair in args.peer_python)
     for peer in args.peer:

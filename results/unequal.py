@@ -33,7 +33,8 @@ COLUMNS = ('setting', 'seed', 'accuracy', 'megabytes', 'time', 'own', 'own10', '
 def measure(words, data_dir, teacher, seed):
     """One run's row, from its log and its last lines. own: accuracies of clients' own models,
     globals: of the global one, with the 10th and 90th percentile beside the mean."""
-    flags = f'{SAME} --seed {seed} {words}'.replace('TEACHER', teacher).split()
+    flags = f'{SAME} --seed {seed} {words}'.split()
+    flags = [word.replace('TEACHER', teacher) for word in flags]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE.parent / 'fedavg.py'), '--data_dir', data_dir,
                    '--processes', '1', '--csv', f'{folder}/log', *flags]
