@@ -241,6 +241,23 @@ def test_hooks_that_a_stack_would_miss_are_left_to_the_loop(Own, run, capsys):  
         run('--epochs 1 --engine stacked', Own)
     assert 'take --engine loop' in capsys.readouterr().err
 
+def test_dropout_is_not_compiled_for_a_gpu(capsys):
+    class Netted:
+        def __init__(self, args):
+            self.args, self.net = args, models.build(args)
+    made = type('Server', (Stacked, Netted, fedavg.Server), {'Client': fedavg.LocalUpdate})
+    args = SimpleNamespace(compile=1, engine='auto', model='2nn', num_classes=10, shape=(1, 28, 28),
+                           num_channels=1, device=torch.device('cuda', 0))
+    assert made(args).reason is None
+    for model in ('mlp', 'cnn'):
+        args.model = model
+        with pytest.raises(SystemExit):
+            made(args)
+        assert f'{model} has dropout' in capsys.readouterr().err
+        args.compile = 0
+        assert made(args).reason is None
+        args.compile = 1
+
 class Spare(nn.Module):
     """A net with a layer that it does not use, or with one under two names."""
     def __init__(self, tied):
