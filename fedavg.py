@@ -164,8 +164,8 @@ def FedAvg(w, n=None, all_sum=lambda tensors: None):
 @torch.no_grad()
 def evaluate(net, x, y, bs, all_sum=lambda tensors: None):
     """(mean loss, accuracy) of net, left unchanged, on x (n, ...), y (n,) or (n, T), bs at once."""
-    net, sums = copy.deepcopy(net).to(x.device).eval(), 0
-    for xb, yb in zip(x.split(bs), y.split(bs)):
+    net, sums = copy.deepcopy(net).to(x.device).eval(), x.new_zeros(3, dtype=torch.float64)
+    for xb, yb in zip(x.split(bs), y.split(bs)) if len(x) else ():      # a process may have none
         logits = net(xb)                                # (bs, classes); of text (bs, classes, T)
         loss, right = F.cross_entropy(logits, yb, reduction='none'), logits.argmax(1) == yb
         sums += torch.stack([v.double().sum() for v in (loss, right, yb >= 0)])     # < 0: padding

@@ -503,6 +503,15 @@ def test_the_lstm_predicts_each_next_character_whatever_the_padding():
     y[0] = every[:4].argmax(1)
     assert fedavg.evaluate(net, x, y, 2)[1] >= 4 / 6
 
+def test_a_process_without_test_examples_adds_nothing():
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x.view(len(x), -1)           # not of no example
+    def others(tensors):
+        tensors[0] += torch.tensor([3.0, 1, 2])
+    x, y = torch.zeros(0, 4, 1), torch.zeros(0, dtype=torch.int64)
+    assert fedavg.evaluate(Flat(), x, y, 2, others) == (1.5, 0.5)
+
 def test_a_net_that_is_not_known_is_refused():
     for more in (dict(model='resnet', num_channels=1), dict(model='2nn', num_channels=2)):
         with pytest.raises(KeyError):

@@ -56,7 +56,10 @@ class Forked(Processes):
             fail(f'--processes {self.size}: this system cannot fork; take --processes 1')
         if self.size > 1:
             torch.set_num_threads(1)        # a child cannot have more, nor code compiled for it
-        super().prepare()
+        try:
+            super().prepare()
+        finally:
+            torch.set_num_threads(self.threads)
 
     def idle(self):
         return super().idle() | ({'Forked', 'Processes'} if self.size == 1 else set())
@@ -64,6 +67,7 @@ class Forked(Processes):
     def launch(self, algorithm):
         if self.size == 1:
             return super().launch(algorithm)
+        torch.set_num_threads(1)
         context = multiprocessing.get_context('fork')
         before = signal.getsignal(signal.SIGINT)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -156,6 +160,7 @@ class Forked(Processes):
         """Ctrl-C, or the death of a child."""
         if self.died:
             raise self.Stop(f'{self.died}; all processes end, and the last round is kept', 3)
+        self.ending = True      # Ctrl-C is for the children too, whose end is no news
         raise KeyboardInterrupt
 
     def broken(self):

@@ -37,6 +37,8 @@ def check(args):
     """The files are there, different, and of a kind that can be drawn."""
     if args.resume and not args.checkpoint:
         fail('--resume 1: nothing to go on from; name the file with --checkpoint')
+    if args.save_every > 1 and not args.checkpoint:
+        fail(f'--save_every {args.save_every}: nothing is saved; name the file with --checkpoint')
     # torchrun starts the same command line the first time and after a failure.
     torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
     if args.resume and not os.path.isfile(args.checkpoint) and not torchrun:
@@ -100,10 +102,17 @@ class Records(Room):
                   f'{self.args.epochs}')
         else:
             set_aside(self.file)
-        if not saved or saved['options']['csv'] != self.args.csv:
+        if not saved or saved['options']['csv'] != self.args.csv or not self.goes_on():
             set_aside(self.log)
         self.first = len(self.history) + 1
         self.rewrite_log()
+
+    def goes_on(self):
+        """Whether the log is that of the checkpoint's run, and not of a later one."""
+        if not self.log or not os.path.exists(self.log):
+            return True
+        with open(self.log, errors='replace') as f:
+            return f'"checkpoint": {json.dumps(self.args.checkpoint)},' in f.readline()
 
     def resumed(self):
         """The state of the run that goes on, {} for a new one."""
@@ -168,7 +177,12 @@ class Records(Room):
             if self.log:
                 line = io.StringIO()
                 rows(line).writerow(row)
-                append('csv', self.log, line.getvalue())
+                try:
+                    append('csv', self.log, line.getvalue())
+                except SystemExit:      # it could not: the rounds since the last save are kept
+                    if self.file:
+                        self.write()
+                    raise
             if r.t % self.args.save_every == 0:
                 self.save()
 

@@ -44,6 +44,9 @@ def check(args):
     if several and '{rank}' not in args.data_dir:
         fail(f'--data_dir {args.data_dir}: all silos of this machine would have the same data; put '
              '{rank} into it')
+    K = int(os.environ['WORLD_SIZE'])
+    if args.num_users not in (100, K):      # 100: not given
+        fail(f'--num_users {args.num_users}: the clients are the {K} silos; leave the flag out')
     if not args.iid or args.unequal:
         fail('--silo 1: a silo holds the files it has; leave out --iid 0, --alpha and --unequal')
     args.data_dir = args.data_dir.replace('{rank}', os.environ['RANK'])

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,22 @@ def test_a_start_that_fails_half_way_leaves_nothing(run, monkeypatch, capsys):  
     finally:
         torch.set_num_threads(threads)
     assert signal.getsignal(signal.SIGINT) is before
+
+def test_a_run_that_is_refused_leaves_torchs_threads(run):       # noqa: F811
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(SystemExit):
+            run('--processes 2 --deadline 0.001')       # by a room that prepares later
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+def test_ctrl_c_is_no_news_of_a_child():
+    waiting = SimpleNamespace(died=None, ending=False)
+    with pytest.raises(KeyboardInterrupt):
+        forked.Forked.interrupted(waiting)
+    assert waiting.ending
 
 def test_an_error_in_a_child_ends_all(run, capfd):      # noqa: F811
     class Broken:

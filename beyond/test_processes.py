@@ -25,10 +25,14 @@ from test_fedavg import HERE, data, near, read_log, refused, run, weights   # no
 
 AMONG = '--num_users 10 --frac 0.8 --local_ep 1 --epochs 3 --gpu -1'    # that processes share
 
+def among(words):
+    """AMONG; without its clients where each process is one."""
+    return AMONG.removeprefix('--num_users 10 ') if '--silo' in words else AMONG
+
 def torchrun(words, data, processes=2, flags='--standalone'):       # noqa: F811
-    """The program under torchrun, on small digits and 10 clients."""
+    """The program under torchrun, on small digits and 10 clients, or a silo for each process."""
     command = f'-m torch.distributed.run --nproc_per_node={processes} {flags}'
-    program = f'-- {HERE}/fedavg.py {AMONG} --data_dir {data} {words}'
+    program = f'-- {HERE}/fedavg.py {among(words)} --data_dir {data} {words}'
     return subprocess.Popen([sys.executable, *command.split(), *program.split()], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -36,7 +40,7 @@ class Ranks:
     """torchrun's equal without its start: the ranks are forked from a process that has imported
     torch. ranks: the processes; said: the files that hold what they print."""
     def __init__(self, words, data, processes=2, *classes):     # noqa: F811
-        words = f'{AMONG} --data_dir {data} {words}'
+        words = f'{among(words)} --data_dir {data} {words}'
         server = multiprocessing.get_context('forkserver')
         server.set_forkserver_preload(['fedavg', 'beyond.test_processes'])
         self.said, port = [pathlib.Path(tempfile.mkstemp()[1]) for _ in range(2)], free_port()

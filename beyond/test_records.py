@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -356,6 +357,26 @@ def test_after_ctrl_c_a_notebook_can_be_interrupted_again(run, tmp_path):       
         run(f'--checkpoint {tmp_path}/c.pt', BrokenOff)
     assert e.value.code == 130 and signal.getsignal(signal.SIGINT) is before
 
+def test_a_log_that_cannot_be_written_costs_no_round(run, tmp_path, capsys):      # noqa: F811
+    class Gone:
+        def select(self, r):
+            if r.t == 3:
+                shutil.rmtree(tmp_path / 'logs')
+            return super().select(r)
+    with pytest.raises(SystemExit) as e:
+        run(f'--epochs 4 --csv {tmp_path}/logs/l.csv --checkpoint {tmp_path}/c.pt --save_every 9',
+            Gone)
+    assert e.value.code == 2 and 'could not be written' in capsys.readouterr().err
+    assert opened('checkpoint', f'{tmp_path}/c.pt')['round'] == 3
+
+def test_a_log_of_a_later_run_is_set_aside(run, tmp_path):      # noqa: F811
+    words = f'--csv {tmp_path}/l.csv --checkpoint {tmp_path}'
+    run(f'{words}/a.pt --epochs 1')
+    run(f'{words}/b.pt --epochs 3')
+    run(f'{words}/a.pt --epochs 2 --resume')
+    assert [len(read_log(tmp_path / name)[1]) for name in ('l.csv.old', 'l.csv.old1', 'l.csv')] == (
+        [1, 3, 2])
+
 def test_files_that_cannot_be_are_refused(refused, tmp_path, monkeypatch):      # noqa: F811
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sampling, 'load', lambda *_: pytest.fail('data were read'))
@@ -365,6 +386,7 @@ def test_files_that_cannot_be_are_refused(refused, tmp_path, monkeypatch):      
     for words, said in (
             ('--csv /dev/null', 'not a file'), ('--csv /no/such/folder/l.csv', '--csv'),
             ('--checkpoint /', '--checkpoint'), ('--save_every 0', '--save_every'),
+            ('--save_every 5', 'nothing is saved'),
             ('--resume', '--checkpoint'), ('--resume --checkpoint no_such_file', 'no_such_file'),
             ('--plot p.txt', '.png'), ('--log a --checkpoint a', 'twice'),
             ('--plot a.png --csv ./a.png', 'twice')):

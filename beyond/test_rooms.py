@@ -95,8 +95,8 @@ SILOS = (
 def words(names, folder):
     """The command line of a run with these settings, but for --data_dir."""
     flags = ' '.join(SETTINGS[name][1] for name in names)
-    alone = '' if 'silo' in names else '--processes 1 '
-    return ('--num_users 10 --frac 0.7 --gpu -1 --seed 2 ' + alone
+    alone = '' if 'silo' in names else '--num_users 10 --processes 1 '
+    return ('--frac 0.7 --gpu -1 --seed 2 ' + alone
             + flags.replace('TEACHER', f'{folder}/teacher.pt')).split()
 
 def pairs(names):

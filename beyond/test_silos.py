@@ -144,7 +144,8 @@ def test_what_a_silo_cannot_be_is_refused(refused, monkeypatch):        # noqa: 
     assert '--silo' in refused(['--data_dir', 'x{rank}'])
     for name, value in elastic(1, 2, 0).items():
         monkeypatch.setenv(name, value)
-    for words, said in ((['--iid', '0'], 'the files it has'), (['--unequal'], 'the files it has')):
+    for words, said in ((['--iid', '0'], 'the files it has'), (['--unequal'], 'the files it has'),
+                        (['--num_users', '50'], 'the clients are the 2 silos')):
         monkeypatch.setenv('RANK', '0')
         assert said in refused(['--silo', '1', '--data_dir', 'x{rank}', *words])
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
