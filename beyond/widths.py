@@ -59,7 +59,7 @@ class Widths(Room):
                 copy.deepcopy(net).eval()(x)
         except Exception as e:      # whatever layers of other sizes make of a net of the user's
             fail(f'--widths {shown(self.args.widths)}: a narrower {self.args.model} does not work '
-                 f'({str(e).splitlines()[0]}); its layers have to follow one another',
+                 f'({str(e) or type(e).__name__}); its layers have to follow one another',
                  everyone=True)
 
     def nets(self):
