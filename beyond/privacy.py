@@ -123,13 +123,6 @@ class PrivateServer(Accounted):
     def weight(self, k):
         return 1
 
-    def receive(self, updates, w, r):
-        v = flat(w)
-        for u in super().receive(updates, w, r):
-            if u.k is not None:         # of a secure sum, the clients have clipped the terms
-                u = u._replace(w=unflat(v + clip(flat(u.w) - v, self.args.clip), w))
-            yield u
-
     def bound(self):
         return self.args.clip
 
@@ -149,13 +142,15 @@ class PrivateServer(Accounted):
         return super().average(self.noised(updates, w, r), w, r)
 
     def noised(self, updates, w, r):
-        """The updates; once w with the noise of their sum; and w with the weight that makes all
-        weights add up to C K, of which the first process has what the others' terms lack."""
-        total = 0
+        """The updates, clipped; once w with the noise of their sum; and w with the weight that
+        makes all weights add up to C K, of which the first process has what the others lack."""
+        total, v, at = 0, flat(w), self.at(0, r)
         for u in updates:
+            if u.k is not None:         # of a secure sum, the clients have clipped the terms
+                u = u._replace(w=unflat(v + clip(flat(u.w) - v, self.args.clip), w))
             total += u.n
             yield u
-        v, at = flat(w), self.at(0, r)
+        r.hidden = True
         noise = rng(self.args.seed, 'noise', r.t).normal(0, self.noise * self.args.clip, len(v[at]))
         if self.rank == 0:
             v[at] += torch.from_numpy(noise).float()
@@ -163,6 +158,12 @@ class PrivateServer(Accounted):
             yield self.Update(None, w, self.args.frac * self.K - 1 - total, 0.0)
         else:
             yield self.Update(None, w, -total, 0.0)
+
+    def measure(self, w, r):
+        if 'hidden' not in vars(r):
+            raise self.Stop('--dp user: a class of your own averages the updates without clipping '
+                            "and noise; let its average call super().average(updates, w, r)", 2)
+        return super().measure(w, r)
 
     def failed(self, r):
         """The noise is added, so that a round without updates is a round too."""

@@ -11,6 +11,7 @@ by default one for each core. Two processes give what one gives, up to rounding 
 """
 import contextlib
 import datetime
+import io
 import os
 import pickle
 import sys
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
 from beyond import Room
-from options import number, requires
+from options import fail, number, requires
 
 def flags(add):
     """--processes, --timeout."""
@@ -35,7 +36,12 @@ FREE = {'processes', 'timeout'}
 
 def check(args):
     """Only processes that torchrun has started may have to wait long for one another."""
-    requires(args, 'torchrun', ['timeout'], 'TORCHELASTIC_RUN_ID' in os.environ)
+    torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
+    requires(args, 'torchrun', ['timeout'], torchrun)
+    started = os.environ.get('WORLD_SIZE')
+    if torchrun and args.processes and str(args.processes) != started:
+        fail(f'--processes {args.processes}: torchrun has started {started}; '
+             'leave the flag out, or give torchrun --nproc_per_node')
 
 GROUP = {}      # gloo's processes and their store, which know who is missing; none if alone
 
@@ -178,16 +184,19 @@ class Processes(Room):
 
     def average(self, updates, w, r):
         """FedAvg over all processes, each of which has a term in the sum, if of weight 0. Adds up
-        what was counted in the round."""
+        what was counted in the round; the first process prints what the others had to say."""
         if not GROUP:
             return super().average(updates, w, r)
-        w = super().average(self.completed(updates, w), w, r)
-        tallies = [None] * self.size
+        with contextlib.redirect_stdout(io.StringIO() if self.rank else sys.stdout) as out:
+            w = super().average(self.completed(updates, w), w, r)   # where all else happens, too
+        counted = [None] * self.size
         with together():
-            dist.all_gather_object(tallies, dict(r.tally), group=GROUP['gloo'])
+            mine = dict(r.tally), out.getvalue() if self.rank else ''
+            dist.all_gather_object(counted, mine, group=GROUP['gloo'])
         r.tally.clear()
-        for tally in tallies:
+        for tally, lines in counted:
             r.tally.update(tally)
+            print(lines, end='')
         return w
 
     def completed(self, updates, w):

@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -38,6 +39,13 @@ def test_one_two_and_three_processes_agree_and_each_number_repeats_its_bits(
     assert near(w['1'], w['2'], 1e-6) and near(w['1'], w['3'], 1e-6)
     assert same(w['3'], w['3 again']) and len(set(reports)) == 1 and reports[0]
     assert not multiprocessing.active_children()
+
+def test_the_first_process_prints_what_the_others_have_to_say(run, capsys):     # noqa: F811
+    run('--processes 2 --epochs 1 --frac 1 --engine loop --verbose --corrupt 0.5 --seed 2')
+    out = capsys.readouterr().out
+    said = re.findall('^ *client +([0-9]+) +(is left out|n_k)', out, re.M)
+    assert sorted(int(k) for k, _ in said) == list(range(10))
+    assert len({what for _, what in said}) == 2
 
 @pytest.mark.parametrize('words', ['--quantize 8', '--secagg 1 --frac 0.9', '--frac 0.1'])
 def test_a_process_without_an_update_has_convolutions_in_the_same_order(

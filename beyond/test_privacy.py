@@ -158,8 +158,14 @@ def test_a_class_that_would_void_epsilon_is_refused_in_a_line(run, capsys):     
     class Adds:                 # to what the room does
         def adjust(self, parameters, start):
             super().adjust(parameters, start)
-        def receive(self, updates, w, r):
-            return super().receive(updates, w, r)
+        def average(self, updates, w, r):
+            return super().average(updates, w, r)
+    class Averages:
+        def average(self, updates, w, r):
+            return fedavg.FedAvg(updates) or w
+    with pytest.raises(SystemExit):
+        run('--dp user --clip 1 --noise 1 --epochs 1 --frac 1', Averages)
+    assert 'averages the updates without clipping and noise' in capsys.readouterr().err
     for words, names in (('user', ('weight', 'select')),
                          ('example', ('gradient', 'batches', 'train'))):
         words = f'--dp {words} --clip 1 --noise 1 --epochs 1 --frac 1'
@@ -170,6 +176,14 @@ def test_a_class_that_would_void_epsilon_is_refused_in_a_line(run, capsys):     
                                 {name: lambda *_: 1, '__module__': 'mine'}))
             assert f'Own has a {name} of its own' in capsys.readouterr().err
         run(words, Adds)
+
+def test_what_a_class_makes_of_an_update_is_clipped(run):      # noqa: F811
+    class Louder:
+        def receive(self, updates, w, r):
+            for u in super().receive(updates, w, r):
+                yield u._replace(w={name: 9 * v for name, v in u.w.items()})
+    before = run('--dp user --clip 1e-6 --noise 0 --epochs 2 --frac 1', Louder)
+    assert before[0]['test_loss'] == pytest.approx(before[1]['test_loss'], abs=1e-4)
 
 class Frozen(nn.Module):
     """A linear net whose first layer does not train."""

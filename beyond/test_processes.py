@@ -202,6 +202,11 @@ def test_only_what_processes_do_together_tells_of_another_one(refused):     # no
         raise torch.OutOfMemoryError('too large')
     assert 'only goes with torchrun' in refused(['--timeout', '5'])
 
+def test_torchrun_knows_how_many_there_are(refused, monkeypatch):       # noqa: F811
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'by hand')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert '--processes 8: torchrun has started 2' in refused(['--processes', '8'])
+
 def pid_of_rank(rank, mark):
     """The process that torchrun started as `rank`, with `mark` in its command line."""
     for process in pathlib.Path('/proc').glob('[0-9]*'):
