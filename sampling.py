@@ -65,8 +65,8 @@ def holdings(args, K):
 
 def shape(args):
     """(shape of an example, its channels, number of classes) of args.dataset; a user's own is
-    loaded to find out. Raises ValueError if args.num_channels or num_classes are others, but for
-    classes that a user's own data lack."""
+    loaded to find out. Raises ValueError if args.num_channels differs, or args.num_classes, which
+    for a user's own data may be more than they have."""
     images, classes = (3, 32, 32) if args.dataset == 'cifar' else (1, 28, 28), 10
     if args.dataset == 'shakespeare':
         return (LINE,), None, len(VOCABULARY) + 1
@@ -271,10 +271,10 @@ def plays(data_dir, download=True):
     paths = {name: os.path.join(folder, 'shakespeare', f'{name}.txt') for name in PLAYS}
     missing = [name for name, path in paths.items() if not os.path.exists(path)]
     if missing and not download:
-        raise OSError(f'{folder} lacks {", ".join(f"shakespeare/{name}.txt" for name in missing)}')
+        raise OSError(f'{folder} lacks {lacking(missing)}')
     for name, path in paths.items():
         if name in missing:
-            fetch(name, path, missing)
+            fetch(name, path, missing[missing.index(name):])
         text = pathlib.Path(path).read_bytes()
         if hashlib.sha256(text).hexdigest()[:16] != PLAYS[name]:
             raise OSError(f'{path} is truncated, corrupt or another file; delete it and fetch it '
@@ -282,18 +282,22 @@ def plays(data_dir, download=True):
         texts.append(text.decode('ascii'))
     return texts
 
+def lacking(names):
+    """The files of these plays, in a few words."""
+    more = f' and {len(names) - 1} more play{"s" * (len(names) > 2)}' * (len(names) > 1)
+    return f'shakespeare/{names[0]}.txt{more}'
+
 def fetch(name, path, missing):
-    """Downloads a play, one of those that are missing. Raises OSError."""
+    """Downloads a play, the first of those that are missing. Raises OSError."""
     folder = os.path.dirname(path)
     try:
         with urllib.request.urlopen(f'{PLAYS_AT}{name}.txt', timeout=60) as answer:
             text = answer.read()
     except (OSError, http.client.HTTPException) as e:
-        names = [f'shakespeare/{name}.txt' for name in missing]
-        raise unavailable(os.path.dirname(folder), names, e, 'shakespeare') from e
+        raise unavailable(os.path.dirname(folder), [lacking(missing)], e, 'shakespeare') from e
     if hashlib.sha256(text).hexdigest()[:16] != PLAYS[name]:
-        raise OSError(f'{PLAYS_AT}{name}.txt is another file than it was; put that of the commit '
-                      f'in its address at {path}')
+        raise OSError(f'{PLAYS_AT}{name}.txt has changed; put the file of the commit in its '
+                      f'address at {path}')
     os.makedirs(folder, exist_ok=True)
     pathlib.Path(f'{path}.tmp').write_bytes(text)
     os.replace(f'{path}.tmp', path)

@@ -705,6 +705,7 @@ def test_plays_that_are_damaged_or_missing_are_named_and_fetched_files_checked(
     folder = write_plays(tmp_path, monkeypatch)
     words = ['--dataset', 'shakespeare', '--model', 'lstm', '--data_dir', folder]
     path = tmp_path / 'shakespeare/othello.txt'
+    assert sampling.lacking(['lear', 'hamlet']) == 'shakespeare/lear.txt and 1 more play'
     whole = path.read_bytes()
     for damaged in (whole[:-1], b'', b'ACT I\n'):
         path.write_bytes(damaged)
@@ -713,7 +714,7 @@ def test_plays_that_are_damaged_or_missing_are_named_and_fetched_files_checked(
     with pytest.raises(OSError, match='lacks shakespeare/othello.txt'):
         sampling.load('shakespeare', folder, download=False)
     monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: io.BytesIO(b'<html>'))
-    assert 'othello.txt is another file than it was' in refused(words) and not path.exists()
+    assert 'othello.txt has changed' in refused(words) and not path.exists()
     monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: io.BytesIO(whole))
     assert len(sampling.load('shakespeare', folder)[0]) == 54 and path.read_bytes() == whole
 

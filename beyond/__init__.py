@@ -102,7 +102,7 @@ class Room:
         return False
 
     def most(self):
-        """The most clients that a round can ask: m."""
+        """The most clients whose updates a round can average: m."""
         return max(round(self.args.frac * self.K), 1)
 
     def quorum(self, asked):

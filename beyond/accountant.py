@@ -39,8 +39,8 @@ def epsilon(q, noise, steps, delta):
 def largest(cases, noise, delta):
     """The largest epsilon of the cases, [(q, steps), ...].
 
-    A case costs at most what any one order says, so that those for which the best order of the
-    dearest case so far says less than its cost need no other.
+    Each order gives an upper bound of a case's cost. Cases whose bound, by the best order of the
+    dearest case so far, is below that case's cost need no other order.
     """
     found, order = 0.0, ORDERS[50]
     cases = {(q, steps) for q, steps in cases if q and steps}

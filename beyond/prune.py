@@ -25,15 +25,16 @@ def flags(add):
         'a cubic; 30 or --epochs, whichever is less, if not given')
 
 def check(args):
-    """The schedule lies within the run. Fills in its defaults."""
+    """The schedule lies within the run."""
     requires(args, '--prune', ('prune_begin', 'prune_end'), args.prune)
-    if not args.prune:
-        return
-    args.prune_begin = args.prune_begin or 0
-    args.prune_end = args.prune_end or min(30, args.epochs)
-    if not args.prune_begin < args.prune_end <= args.epochs:
-        fail(f'--prune_begin {args.prune_begin}, --prune_end {args.prune_end}: the end comes '
-             f'after the beginning and by the last round, --epochs {args.epochs}')
+    begin, end = schedule(args)
+    if args.prune and not begin < end <= args.epochs:
+        fail(f'--prune_begin {begin}, --prune_end {end}: the end comes after the beginning and by '
+             f'the last round, --epochs {args.epochs}')
+
+def schedule(args):
+    """(the last round without pruning, the first with all of it)."""
+    return args.prune_begin or 0, args.prune_end or min(30, args.epochs)
 
 class Pruned(Room):
     """Prunes w before it is sent."""
@@ -43,6 +44,7 @@ class Pruned(Room):
         super().__init__(args)
         d = len(flat(self.net.state_dict()))
         self.mask, self.holders = torch.ones(d, dtype=torch.bool), set()
+        self.begin, self.full = schedule(args)
 
     def crosses(self, k, r):
         return super().crosses(k, r) & vars(r).get('mask', True)
@@ -52,8 +54,7 @@ class Pruned(Room):
         if self.silo and self.rank:
             r.mask, r.holders = self.receive_mask(held), set()
         else:
-            args = self.args
-            s = sparsity(r.t, args.prune, args.prune_begin, args.prune_end)
+            s = sparsity(r.t, self.args.prune, self.begin, self.full)
             mask = unpruned(w, matrices(self.net), s)
             self.send_mask(mask, held, r)
             r.mask = mask
@@ -82,7 +83,7 @@ class Pruned(Room):
 
     def reached(self, first=1):
         """Accuracies count from --prune_end on: the model is not as sparse before."""
-        return super().reached(max(first, self.args.prune_end))
+        return super().reached(max(first, self.full))
 
     def end(self, w, row, r):
         super().end(w, row, r)
@@ -93,7 +94,8 @@ class Pruned(Room):
         return super().finish(code)
 
     def state(self):
-        return super().state() | {'Pruned': {'mask': self.mask, 'holders': sorted(self.holders)}}
+        return super().state() | {'Pruned': {'mask': self.mask, 'holders': sorted(self.holders),
+                                             'full': self.full}}
 
     def load(self, state):
         super().load(state)
@@ -104,8 +106,9 @@ class Pruned(Room):
                 raise ValueError('a mask of another kind')
             self.mask = mask
             self.holders = set() if self.silo else set(state['Pruned']['holders'])
-            if not all(type(k) is int for k in self.holders):
-                raise ValueError('holders that are no clients')
+            self.full = state['Pruned']['full']     # --epochs may be another now
+            if not all(type(k) is int for k in (self.full, *self.holders)):
+                raise ValueError('a round or a client that is no whole number')
 
 class PrunedClient:
     """Sets pruned weights to zero after each step. mask: {name: tensor of 0 and 1}."""

@@ -66,7 +66,7 @@ class Records(Room):
 
     @property
     def file(self):
-        """The checkpoint: of the first process, and, of what silos keep, of each."""
+        """The checkpoint of the first process; each silo that keeps something has its own."""
         if self.rank == 0 or not self.args.checkpoint:
             return self.args.checkpoint
         return f'{self.args.checkpoint}.{self.rank}' if self.silo and self.keeps else None
@@ -82,9 +82,11 @@ class Records(Room):
             saved = self.resumed()
             self.load(saved)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            fail(f'--resume 1: {self.file} does not hold what these flags need '
-                 f'({type(e).__name__}: {str(e).splitlines()[0]}); name another --checkpoint',
-                 everyone=True)
+            if not self.args.resume:
+                raise       # by a class of the user's own
+            reason = f'{type(e).__name__}: {e}'.partition('\n')[0]
+            fail(f'--resume 1: {self.file} does not hold what these flags need ({reason}); name '
+                 'another --checkpoint', everyone=True)
         super().prepare()
         for path in (self.file, self.log, self.args.plot):
             if path:

@@ -133,8 +133,8 @@ class Silos(Torchrun):
         for rank in range(1, self.size):
             while head := receive(rank):
                 if len(head) != LOSS.size:
-                    end(f'silo {rank} has sent what is no update; give all silos the same version '
-                        'of this program')
+                    end(f'silo {rank} has sent something other than an update; give all silos the '
+                        'same version of this program')
                 loss, = LOSS.unpack(head)
                 yield self.Update(rank, receive(rank), self.weight(rank), loss)
 

@@ -147,7 +147,7 @@ class CompiledStack(Stack):
         try:
             self.step(x[at], y[at], at.float())
         except Exception as e:      # whatever torch.compile and the C++ compiler raise
-            reason = str(getattr(e, 'inner_exception', e)).strip().splitlines()[0]
+            reason = str(getattr(e, 'inner_exception', e)).strip().partition('\n')[0]
             fail(f'--compile 1: torch.compile does not work here ({reason}); leave the flag out',
                  everyone=True)
         print(f'--compile 1: compiled in {time.perf_counter() - began:.0f} s')

@@ -90,6 +90,16 @@ def test_the_final_model_has_exactly_the_sparsity_asked_for(run, words):        
     for name in ('down_bytes', 'up_bytes'):
         assert rows[0][name] > 3 * rows[3][name]
 
+def test_the_schedule_stays_when_the_run_goes_on(run, tmp_path):        # noqa: F811
+    seen = []
+    class Watched:
+        def end(self, w, row, r):
+            super().end(w, row, r)
+            seen.append(float(self.mask.float().mean()))
+    run(f'--epochs 2 --prune 0.9 --checkpoint {tmp_path}/c.pt', Watched)
+    run(f'--epochs 4 --prune 0.9 --checkpoint {tmp_path}/c.pt --resume', Watched)
+    assert seen[0] > 0.2 and seen[1:] == [pytest.approx(0.1, abs=0.01)] * 3
+
 def test_a_target_counts_for_the_pruned_model_only(run, capsys):        # noqa: F811
     history = run('--epochs 5 --prune 0.9 --prune_end 4 --target 0.01')
     assert len(history) == 4 and 'rounds to 1.00 %: 4.0' in capsys.readouterr().out

@@ -231,6 +231,14 @@ BROKEN = {
     'no vector': lambda saved: {'Feedback': {3: 'x' * 199210}},
     'not finite': lambda saved: {'Feedback': {3: torch.full((199210,), math.nan)}}}
 
+def test_a_fault_in_a_class_of_ones_own_is_not_the_checkpoints(run):    # noqa: F811
+    class Careless:
+        def load(self, state):
+            super().load(state)
+            self.v = state['Careless']
+    with pytest.raises(KeyError, match='Careless'):
+        run('--epochs 1', Careless)
+
 @pytest.mark.parametrize('said', BROKEN)
 def test_a_checkpoint_that_does_not_fit_is_refused_in_a_line(run, refused, tmp_path, said):  # noqa
     words = ('--topk 0.1 --num_users 10 --frac 0.3 --epochs 2 --processes 1 --checkpoint '

@@ -161,4 +161,4 @@ def test_a_message_that_is_no_update_ends_the_run_in_a_line(monkeypatch, capsys)
     server = SimpleNamespace(rank=0, size=2)
     with pytest.raises(ZeroDivisionError):
         list(silos.Silos.collect(server, [], fedavg.Round(1)))
-    assert capsys.readouterr().err.startswith('silo 1 has sent what is no update')
+    assert capsys.readouterr().err.startswith('silo 1 has sent something other')

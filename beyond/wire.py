@@ -137,7 +137,7 @@ class Wire(Room):
 
 class Feedback(Room):
     """What a client did not send, its residual, it adds next time. Residuals are (d,), whatever
-    crosses; what does not stays zero."""
+    crosses; zero where nothing has crossed yet."""
     keeps = gathers = True
 
     def __init__(self, args):

@@ -11,10 +11,11 @@ results/reproduce.csv; goes on where it was stopped. Curves of seed 0 go into re
 A cell's eta is the one of a grid with resolution 10^(1/3) (lstm: 10^(1/6)) that took the fewest
 rounds on seed 7, in results/eta.csv; where that has none it is searched for first. --lr takes
 another one, without a search, for the seeds that have no row yet. A run that takes more than 1.5
-times the paper's rounds is a miss (more than 1500 where the paper has a dash); its rounds are
-blank, as those of a run that diverges and, in eta.csv, of one that is no better than the best
-before it. The seconds are those since the run was last started. --check_eta runs a cell's eta and
-both its neighbours in the grid on two more seeds, for at most twice its eta's rounds.
+times the paper's rounds (the larger number, if a cell stands in two tables; 1500 where the paper
+has a dash) is a miss; its rounds are blank, as those of a run that diverges and, in eta.csv, of one
+that is no better than the best before it. The seconds are those since the run was last started.
+--check_eta runs a cell's eta and both its neighbours in the grid on two more seeds, for at most
+twice its eta's rounds.
 """
 import argparse
 import csv
@@ -110,7 +111,7 @@ def run(words, lr, seed, rounds, data_dir):
     text = '--model lstm' in words
     pace = '--bs 50' if text else '--save_every 10'
     pace += f' --processes {2 if text and not torch.cuda.is_available() else 1}'
-    argv = f'{words} --epochs {rounds} {pace}'.split() + ['--data_dir', data_dir]
+    argv = f'{pace} {words} --epochs {rounds}'.split() + ['--data_dir', data_dir]
     argv += ['--checkpoint', str(checkpoint)] + ['--resume'] * checkpoint.exists()
     try:
         history = fedavg.main(argv)
@@ -164,7 +165,9 @@ def check_eta(table, cell, words, paper, data_dir):
     """Runs a cell's eta, and then its neighbours, on seeds 8 and 9, into eta.csv."""
     done, grid = tried(words), grid_of(words)
     if not done:
-        sys.exit(f'--check_eta: {cell} has no eta in results/eta.csv yet; run the cell first')
+        print(f'--check_eta: {cell} has no eta in results/eta.csv yet; run the cell first',
+              file=sys.stderr)
+        return
     at = grid.index(min(done, key=done.get))
     ran = {(row['lr'], row['seed']): row['rounds'] for row in read('eta.csv')
            if setting(row['flags']) == setting(words)}
@@ -220,8 +223,9 @@ def shown(rows):
     ends = sorted(reached)[::max(len(reached) - 1, 1)]      # the fewest and the most
     spread = ' to '.join(f'{v:.1f}' for v in ends)
     if len(reached) < len(rows):
-        rest = f' (the rest: {spread})' if reached else ''
-        said = f'{len(rows) - len(reached)} of {len(rows)} missed{rest}'
+        most = max(math.ceil(1.5 * int(row['paper'] or UNKNOWN)) for row in rows)
+        some = f'{len(rows) - len(reached)} of {len(rows)} ' * (len(rows) > 1)
+        said = f'{some}not in {most} rounds' + f' (the others: {spread})' * bool(reached)
     else:
         said = f'**{statistics.mean(reached):.1f}** ({spread if reached[1:] else "one seed"})'
     etas = sorted({float(row['lr']) for row in rows if row['lr']})
@@ -331,16 +335,19 @@ def parsed():
 
 def chosen(args):
     """{(table, cell): (flags, with --more, the paper's rounds)} that the command line asks for; a
-    cell that stands in two tables once, under the later one's name."""
+    cell that stands in two tables once, under the later one's name, with the larger number."""
     found, parts = cells(), set((args.cell or '').split(',')) - {''}
     of_table = [key for key in found if args.table in (None, key[0])]
     names = {words: key for key, (words, _) in found.items()}
+    papers = {}
+    for words, paper in found.values():
+        papers.setdefault(words, []).append(paper or 0)
     keys = [names[found[key][0]] for key in of_table if parts <= set(key[1].split(','))]
     if not keys:
         sys.exit(f'--cell {args.cell}: no such cell; there are '
                  + '; '.join(cell for _, cell in of_table))
-    return {key: (f'{args.more} {words}'.strip(), paper)
-            for key, (words, paper) in found.items() if key in keys}
+    return {key: (f'{args.more} {words}'.strip(), max(papers[words]) or None)
+            for key, (words, _) in found.items() if key in keys}
 
 def missing(args, found):
     """{(table, cell): (seeds not run yet, a guess at what they cost)}, the cheapest first."""
