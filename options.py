@@ -156,7 +156,7 @@ def writable(text):
                                          'in a folder that you may write to') from e
     return path
 
-def shown(value):
+def typed(value):
     """A flag's value as it is written on the command line."""
     if not isinstance(value, tuple):
         return value
@@ -267,7 +267,7 @@ def check_text(args):
     for name, there in (('num_users', args.num_users not in (None, ROLES)), ('alpha', args.alpha),
                         ('unequal', args.unequal)):
         if there:
-            fail(f'--{name} {shown(getattr(args, name))}: the clients of shakespeare are the '
+            fail(f'--{name} {typed(getattr(args, name))}: the clients of shakespeare are the '
                  f'{ROLES} roles of its plays; leave the flag out')
     if args.num_channels:
         fail(f'--num_channels {args.num_channels}: lines of text have none; leave the flag out')
@@ -282,7 +282,7 @@ def device(gpu):
     if first == -1 or not there:
         return torch.device('cpu')
     if max([index, *other]) >= there:
-        fail(f'--gpu {shown(gpu)}: this machine has {there} GPU{"s"[:there != 1]}; take 0 to '
+        fail(f'--gpu {typed(gpu)}: this machine has {there} GPU{"s"[:there != 1]}; take 0 to '
              f'{there - 1}, one for each process, or -1 for the CPU', everyone=True)
     return torch.device('cuda', index)
 
@@ -295,7 +295,7 @@ def clash(args, name, other, why):
         value = getattr(args, flag)
         if not value or only and str(value) != only:
             return
-        given.append(f'--{flag} {shown(value)}')
+        given.append(f'--{flag} {typed(value)}')
     fail(f'{given[0]}: does not go with {given[1]}, {why}; leave one of them out')
 
 def requires(args, owner, names, there):
@@ -304,4 +304,4 @@ def requires(args, owner, names, there):
     for name in names:
         value = getattr(args, name)
         if value is not None and not there:
-            fail(f'--{name} {shown(value)}: only goes with {owner}; add that, or leave this out')
+            fail(f'--{name} {typed(value)}: only goes with {owner}; add that, or leave this out')

@@ -71,7 +71,7 @@ def shape(args):
     if args.dataset == 'shakespeare':
         return (LINE,), None, len(VOCABULARY) + 1
     if ':' in args.dataset:
-        train, test = own(args.dataset, args.data_dir)
+        train, test = user_sets(args.dataset, args.data_dir)
         images = tuple(train.tensors[0].shape[1:])
         classes = int(max(data.tensors[1].max() for data in (train, test))) + 1
         classes = max(classes, args.num_classes or 0)
@@ -95,7 +95,7 @@ def load(name, data_dir, seed=0, download=True):
     if name == 'synthetic':
         return synthetic(60000, seed, 'train'), synthetic(10000, seed, 'test')
     if ':' in name:
-        return own(name, data_dir)
+        return user_sets(name, data_dir)
     paths = files(name, data_dir)
     for path in paths:
         if os.path.exists(path) and not sound(path):
@@ -184,7 +184,7 @@ def standardised(name, data_dir, dataset):
     return TensorDataset(x.float().div_(255).sub_(mean).div_(std).contiguous(), y.long())
 
 @functools.lru_cache(2)
-def own(name, data_dir):
+def user_sets(name, data_dir):
     """The user's own training and test set, from 'module:function', as two TensorDatasets."""
     module, _, function = name.partition(':')
     if os.getcwd() not in sys.path:

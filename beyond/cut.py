@@ -17,7 +17,7 @@ from beyond import Room
 from beyond.flat import flat, unflat
 from compress import decode, encode
 from models import Net
-from options import fail, number, shown
+from options import fail, number, typed
 
 def flags(add):
     """--cut."""
@@ -36,10 +36,10 @@ CLASHES = (('cut', 'dp user', "whose noise the server's half would lack"),
 def check(args):
     """Two devices are for two halves, in one process."""
     if isinstance(args.gpu, tuple) and not args.cut:
-        fail(f'--gpu {shown(args.gpu)}: two devices are for the two halves of a net; add --cut L, '
+        fail(f'--gpu {typed(args.gpu)}: two devices are for the two halves of a net; add --cut L, '
              'or name one')
     if isinstance(args.gpu, tuple) and 'TORCHELASTIC_RUN_ID' in os.environ:
-        fail(f'--gpu {shown(args.gpu)}: under torchrun a process has one device; name one, and the '
+        fail(f'--gpu {typed(args.gpu)}: under torchrun a process has one device; name one, and the '
              'others take those after it')
 
 class Cut(Room):

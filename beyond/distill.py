@@ -20,7 +20,7 @@ from beyond.files import misfit, opened
 from beyond.flat import flat
 from compress import encode
 from models import build
-from options import fail, number, requires, shown
+from options import fail, number, requires, typed
 
 def flags(add):
     """--teacher, --distill, --temperature."""
@@ -52,7 +52,7 @@ class Distilled(Room):
         if was.dataset != args.dataset:
             fail(f'{flag}: was trained on {was.dataset}; take one of {args.dataset}', everyone=True)
         if was.personal_layers:
-            fail(f"{flag}: lacks {shown(was.personal_layers)}, which stayed with its clients; take "
+            fail(f"{flag}: lacks {typed(was.personal_layers)}, which stayed with its clients; take "
                  'one without --personal layers', everyone=True)
         was.shape = args.shape
         if was.num_classes != args.num_classes:

@@ -11,7 +11,7 @@ import torch
 
 from beyond import Room
 from beyond.flat import checked, flat, shaped, unflat
-from options import fail, number, requires, several, shown
+from options import fail, number, requires, several, typed
 
 def flags(add):
     """--personal, --personal_ep, --personal_layers, --mix."""
@@ -91,8 +91,8 @@ class Personal(Room):
         tested = torch.bincount(self.whole_test.tensors[1], minlength=C).cpu() > 0
         for k, w_k in self.models(w):
             held = torch.bincount(self.labels_of(k), minlength=C).double() * tested
-            own = self.by_label(w_k, held.nonzero().flatten().tolist())
-            for i, accuracy in enumerate((own, of_w)):
+            personal = self.by_label(w_k, held.nonzero().flatten().tolist())
+            for i, accuracy in enumerate((personal, of_w)):
                 accuracies[i, k] = held @ accuracy / held.sum()
         self.all_sum([accuracies])
         return accuracies.cpu().numpy()
@@ -121,7 +121,7 @@ class Personal(Room):
               'which were ever sampled:')
         w = 'the global model'
         if args.personal == 'layers':
-            w = f'w, {shown(args.personal_layers)} as at first'
+            w = f'w, {typed(args.personal_layers)} as at first'
         for name, values in zip((f'--personal {args.personal}', w), self.accuracies):
             values = values[np.isfinite(values)]    # a silo's test set may have none of its labels
             low, high = np.percentile(values, (10, 90))
@@ -138,10 +138,10 @@ class PersonalLayers(Room):
         self.layers = {}                        # {k: values of the layers, one after the other}
         names, stages = args.personal_layers, list(getattr(self.net, 'stages', ()))
         if not stages:
-            fail(f'--personal_layers {shown(names)}: {args.model} names no stages (models.Net)',
+            fail(f'--personal_layers {typed(names)}: {args.model} names no stages (models.Net)',
                  everyone=True)
         if set(names) - set(stages) or set(names) == set(stages):
-            fail(f'--personal_layers {shown(names)}: {args.model} has {", ".join(stages)}; take '
+            fail(f'--personal_layers {typed(names)}: {args.model} has {", ".join(stages)}; take '
                  'some of them, not all', everyone=True)
         stay = {name: torch.full_like(v, name.split('.')[0] in names, dtype=torch.bool)
                 for name, v in self.net.state_dict().items()}

@@ -70,7 +70,7 @@ class SecureClient:
                        for v, keys in self.public.items() if v != self.k}
         xs = [v + 1 for v in self.public]
         shares = [split(secret, xs, self.threshold) for secret in (self.masking, self.seed)]
-        self.own = shares[1][self.k + 1]
+        self.own_share = shares[1][self.k + 1]
         sealed = {}
         for v in self.common:
             text = json.dumps([written(of[v + 1], SHARE) for of in shares]).encode()
@@ -95,7 +95,7 @@ class SecureClient:
         self.enough(survivors)
         if self.k not in survivors:
             raise ValueError('it has sent its masked vector')
-        shares = {self.k: written(self.own, SHARE)}
+        shares = {self.k: written(self.own_share, SHARE)}
         for v, text in self.sealed.items():
             both = json.loads(unseal(self.channel(v, v), text))
             shares[v] = written(read(both[v in survivors], SHARE), SHARE)
@@ -204,13 +204,13 @@ def neighborhood(m, stay, corrupt=0.05, sigma=40, eta=30):
     Bell et al. 2020, Section 3, by the exact hypergeometric tails of the authors' implementation,
     which has sigma = 40 and eta = 20. corrupt: the fraction that colludes with the server.
     """
-    gone = math.ceil(round(corrupt * m, 9)) + m - stay
+    missing = math.ceil(round(corrupt * m, 9)) + m - stay
     def fails(degree, t):       # some client of m has fewer than t neighbours that stay
         return at_least(degree - t + 1, m - stay, m, degree) >= 2.0 ** -eta / m
     for degree in range(2, m - 1, 2):
-        # To cut the ring, degree / 2 successive clients have to be gone at two places.
+        # To cut the ring, degree / 2 successive clients have to be missing at two places.
         places = m * (m - degree - 1) // 2
-        if places * math.perm(gone, degree) / math.perm(m, degree) < 2.0 ** -(sigma + 1):
+        if places * math.perm(missing, degree) / math.perm(m, degree) < 2.0 ** -(sigma + 1):
             t = share_threshold(m, degree, corrupt, sigma)
             if not fails(degree, t):
                 return degree, next(u for u in range(t, m) if fails(degree, u + 1))

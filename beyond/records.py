@@ -22,7 +22,7 @@ import torch
 
 from beyond import Room, rooms
 from beyond.files import COLUMNS, append, misfit, opened, replace, rows, set_aside
-from options import FREE, fail, number, shown, writable
+from options import FREE, fail, number, typed, writable
 
 def flags(add):
     """--csv, --checkpoint, --save_every, --resume, --plot."""
@@ -132,7 +132,7 @@ class Records(Room):
         free |= {name for room in rooms() for name in getattr(room, 'FREE', ())}
         other = [name for name, v in self.options.items() if name not in free and was[name] != v]
         if other:
-            given = (f'--{name} {shown(was[name])} (given: {shown(self.options[name])})'
+            given = (f'--{name} {typed(was[name])} (given: {typed(self.options[name])})'
                      for name in other)
             fail(f'--resume 1: the checkpoint was made with {", ".join(given)}; give the same, or '
                  'another --checkpoint', everyone=True)
@@ -163,9 +163,9 @@ class Records(Room):
         if t not in kept:
             print(f'silo {self.rank}: no checkpoint of round {t} here; what it had kept is lost',
                   file=sys.stderr)
-        own = kept.get(t, {name: {} for name in saved if name in ('Feedback', 'PersonalLayers')})
-        self.before = {t: own}
-        return own
+        state = kept.get(t, {name: {} for name in saved if name in ('Feedback', 'PersonalLayers')})
+        self.before = {t: state}
+        return state
 
     def measure(self, w, r):
         row = {'epsilon': '', 'lost': 0} | super().measure(w, r)
@@ -212,8 +212,8 @@ class Records(Room):
                     'round': len(self.history)} | self.state()
         t = len(self.history)
         if t not in self.before:
-            own = {name: v for name, v in self.state().items() if name not in ('w', 'history')}
-            self.before = dict(list(self.before.items())[-1:]) | {t: own}
+            kept = {name: v for name, v in self.state().items() if name not in ('w', 'history')}
+            self.before = dict(list(self.before.items())[-1:]) | {t: kept}
         return {'options': self.options, 'kept': self.before}
 
     def rewrite_log(self):

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from beyond.flat import flat, unflat
 from beyond.processes import Torchrun, all_sum, end, receive, send
 from compress import decode
-from options import fail, shown
+from options import fail, typed
 from sampling import load
 
 # Flags in which silos may differ: no weights depend on them.
@@ -67,7 +67,7 @@ class Silos(Torchrun):
             other.append('checkpoint')
         if other:
             fail('--silo 1: the first silo has ' + ', '.join(
-                f'--{name} {shown(first[name])}' for name in other) + '; give the same',
+                f'--{name} {typed(first[name])}' for name in other) + '; give the same',
                 everyone=True)
 
     def holdings(self):

@@ -16,7 +16,7 @@ from torch import nn
 
 from beyond import Room
 from beyond.flat import flat, unflat
-from options import fail, number, several, shown
+from options import fail, number, several, typed
 
 def flags(add):
     """--widths, --separable."""
@@ -35,7 +35,7 @@ CLASHES = (('widths', 'secagg', 'which adds up values that all clients have'),
 def check(args):
     """Some client trains the whole net."""
     if args.widths and max(args.widths) < 1:
-        fail(f'--widths {shown(args.widths)}: no client would train the whole net; put a 1 among '
+        fail(f'--widths {typed(args.widths)}: no client would train the whole net; put a 1 among '
              'them')
     if args.separable and args.model != 'cnn':
         fail(f'--separable 1: {args.model} has no such form; take --model cnn')
@@ -47,7 +47,7 @@ class Widths(Room):
         for layer in self.net.modules():
             own = list(layer.parameters(recurse=False))
             if own and (not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.bias is None):
-                fail(f'--widths {shown(args.widths)}: a layer of {args.model}, '
+                fail(f'--widths {typed(args.widths)}: a layer of {args.model}, '
                      f'{type(layer).__name__}, cannot be narrowed; all have to be linear or '
                      'convolutions, with a bias', everyone=True)
 
@@ -58,7 +58,7 @@ class Widths(Room):
             for net in self.nets():
                 copy.deepcopy(net).eval()(x)
         except Exception as e:      # whatever layers of other sizes make of a net of the user's
-            fail(f'--widths {shown(self.args.widths)}: a narrower {self.args.model} does not work '
+            fail(f'--widths {typed(self.args.widths)}: a narrower {self.args.model} does not work '
                  f'({str(e) or type(e).__name__}); its layers have to follow one another',
                  everyone=True)
 

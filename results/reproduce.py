@@ -215,7 +215,7 @@ def search(table, cell, words, paper, data_dir):
 
 ################################## Tables and the figure ##################################
 
-def shown(rows):
+def as_text(rows):
     """A cell's rounds: the mean over the seeds that ran, and their range; its eta."""
     reached = [float(row['rounds']) for row in rows if row['rounds']]
     if not rows:
@@ -240,11 +240,11 @@ def columns(table):
 def head(table, model):
     """A table's first two lines."""
     net = {'lstm': 'char-LSTM'}.get(model, '2NN' if model == '2nn' or table == 4 else 'CNN')
-    rest = ('E=1' if model == '2nn' else 'E=5') if table == 1 else 'C=0.1'
+    fixed = ('E=1' if model == '2nn' else 'E=5') if table == 1 else 'C=0.1'
     heads = [('IID' if at['iid'] else 'non-IID') + (f', B={at["B"]}'.replace('inf', '∞')
              if 'B' in at else '') for at in columns(table)]
     line = ' | '.join(f'{name}: paper | here' for name in heads)
-    return f'\n| Table {table}: {net}, {rest} | {line} |\n|' + '---|' * (1 + 2 * len(heads))
+    return f'\n| Table {table}: {net}, {fixed} | {line} |\n|' + '---|' * (1 + 2 * len(heads))
 
 def tables():
     """What has been run, as Markdown: a table for each of the paper's and each net, the paper's
@@ -260,7 +260,7 @@ def tables():
                 cell = ','.join([group, *(f'{name}={v}' for name, v in at.items())])
                 words, paper = found[table, cell]
                 rows = {row['seed']: row for row in ran if setting(row['flags']) == setting(words)}
-                line += [str(paper or '-'), shown(list(rows.values()))]
+                line += [str(paper or '-'), as_text(list(rows.values()))]
             print('| ' + ' | '.join(line).replace('inf', '∞') + ' |')
 
 def curves():

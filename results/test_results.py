@@ -144,7 +144,7 @@ def test_a_cell_of_two_tables_has_the_larger_limit(monkeypatch, tmp_path):
 
 def test_the_paper_and_here_stand_side_by_side(monkeypatch, capsys, tmp_path):
     def shown(*rounds, lr='0.0464'):
-        return reproduce.shown([{'rounds': r, 'lr': lr, 'paper': '29'} for r in rounds])
+        return reproduce.as_text([{'rounds': r, 'lr': lr, 'paper': '29'} for r in rounds])
     assert shown() == 'not run' and shown('29.4') == '**29.4** (one seed), η 0.0464'
     assert shown('29.0', '30.0', '34.0') == '**31.0** (29.0 to 34.0), η 0.0464'
     assert shown('29.0', '', '34.0') == (
