@@ -109,9 +109,10 @@ class Silos(Torchrun):
     def average(self, updates, w, r):
         """Only the first process has updates, and the average."""
         self.averaging = True
-        w = super().average(updates, w, r)
-        self.averaging = False
-        return w
+        try:
+            return super().average(updates, w, r)
+        finally:
+            self.averaging = False
 
     def all_sum(self, tensors):
         if not self.averaging:
