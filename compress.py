@@ -177,12 +177,17 @@ def unpack(packed, n, bits):
 
 def sparsity(t, s, begin, end):
     """The fraction pruned in round t: none up to round `begin`, s from `end` on, a cubic between
-    (Zhu and Gupta 2017, Equation 1)."""
+    (Zhu and Gupta 2017, Equation 1). Raises ValueError if `end` does not come after `begin`."""
+    if not begin < end:
+        raise ValueError(f'{begin} to {end}: a schedule ends after it begins')
     return s * (1 - (1 - min(max((t - begin) / (end - begin), 0), 1)) ** 3)
 
 def prune(v, s):
     """The mask of the weights v, (d,) bool, that remain after dropping the round(s d) smallest in
-    magnitude. Of equal magnitudes the first are dropped."""
+    magnitude. Of equal magnitudes the first are dropped. Raises ValueError for other s than
+    0 to 1."""
+    if not 0 <= s <= 1:
+        raise ValueError(f'{s}: the fraction that is pruned is between 0 and 1')
     n, v = round(s * len(v)), v.detach().abs()
     if n == 0:
         return torch.ones(len(v), dtype=torch.bool, device=v.device)

@@ -309,7 +309,7 @@ def main(argv=None, *classes):
     return server.launch(algorithm_1)
 
 def algorithm_1(server):
-    """The rounds of Algorithm 1; a row for each."""
+    """The rounds of Algorithm 1, a row for each; a client trains when average() asks for it."""
     w, code = server.w, 0
     try:
         for t in range(len(server.history) + 1, server.args.epochs + 1):

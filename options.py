@@ -1,7 +1,8 @@
 """The paper's symbols as command line flags (McMahan et al. 2017, Section 2), and their checks.
 
 Nothing else in the project knows argparse. An invalid value ends the program with exit code 2 and
-one line that names the flag, the value and what would be accepted, before any data are read.
+one line that names the flag, the value and what would be accepted, before any data are read; what
+only the data can tell, before the first round.
 This file needs the standard library only (device() needs torch).
 
     python fedavg.py --help
@@ -28,7 +29,7 @@ ELSEWHERE = {'rounds': 'epochs', 'num_rounds': 'epochs', 'comm_rounds': 'epochs'
              'local_epochs': 'local_ep', 'E': 'local_ep', 'batch_size': 'local_bs',
              'local_batch_size': 'local_bs', 'B': 'local_bs', 'learning_rate': 'lr', 'eta': 'lr',
              'data': 'data_dir', 'data_path': 'data_dir', 'device': 'gpu', 'cuda': 'gpu',
-             'non_iid': 'iid', 'dirichlet': 'alpha', 'log_dir': 'csv'}
+             'non_iid': 'iid 0', 'dirichlet': 'alpha', 'log_dir': 'csv', 'secure': 'secagg'}
 # These may differ between a run and its resumption: no weights depend on them.
 FREE = {'epochs', 'data_dir', 'gpu', 'bs', 'target', 'verbose'}
 
@@ -76,7 +77,8 @@ class Parser(argparse.ArgumentParser):
         """The Namespace of argv; unknown flags end the program."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            fail(f'{unknown[0]}: there is no such flag' + self.suggestion(unknown[0]))
+            what = 'there is no such flag' if unknown[0][0] == '-' else 'this is no flag'
+            fail(f'{unknown[0]}: {what}{self.suggestion(unknown[0])}')
         return args
 
     def suggestion(self, word):
@@ -86,7 +88,8 @@ class Parser(argparse.ArgumentParser):
         plain = name.replace('-', '_')
         close = difflib.get_close_matches(plain, known, 1)
         meant = ELSEWHERE.get(plain) or ELSEWHERE.get(plain.lower()) or (close or [''])[0]
-        return f'; did you mean --{meant}?' if meant in known else '; --help lists them all'
+        is_known = meant.split(' ')[0] in known
+        return f'; did you mean --{meant}?' if is_known else '; --help lists them all'
 
 def number(kind, low, high=math.inf, hint='', above=False):
     """A flag's type: a finite `kind` in [low, high], or in (low, high] if `above`."""

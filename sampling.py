@@ -96,6 +96,9 @@ def load(name, data_dir, seed=0, download=True):
         return synthetic(60000, seed, 'train'), synthetic(10000, seed, 'test')
     if ':' in name:
         return user_sets(name, data_dir)
+    if name not in KINDS:
+        raise OSError(f'{name}: there is no such data set; take mnist, fmnist, cifar, synthetic or '
+                      'shakespeare, or your own as module:function')
     paths = files(name, data_dir)
     for path in paths:
         if os.path.exists(path) and not sound(path):
@@ -196,7 +199,7 @@ def user_sets(name, data_dir):
         reason = (str(e) or 'no reason given').splitlines()[0]
         raise OSError(f'--dataset {name}: {type(e).__name__}: {reason}; it has to be a function '
                       'that can be imported from here, takes --data_dir and returns (training '
-                      'set, test set)') from e
+                      'set, test set), each of labels and images of one shape') from e
     if train.tensors[0].shape[1:] != test.tensors[0].shape[1:]:
         raise OSError(f'--dataset {name}: the images of the training set have another shape than '
                       'those of the test set')
@@ -401,7 +404,7 @@ def sizes(n, K, unequal=False, seed=0):
     """n_k, (K,) int64 that add up to n, none 0: as equal as can be, or in proportion to log-normal
     factors (sigma 1). Raises ValueError if K is not in [1, n]."""
     if not 1 <= K <= n:
-        raise ValueError(f'--num_users {K}: {n} training examples can be dealt to 1 to {n} clients')
+        raise ValueError(f'num_users {K}: {n} training examples can be dealt to 1 to {n} clients')
     factor = rng(seed, 'sizes').lognormal(size=K) if unequal else np.ones(K)
     share = (n - K) * factor / factor.sum()             # beyond the one example that each has
     n_k = 1 + np.floor(share).astype(np.int64)

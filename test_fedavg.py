@@ -411,7 +411,7 @@ def test_more_clients_than_examples_is_an_error(refused):
     for K in (0, 1001):
         with pytest.raises(ValueError, match='1 to 1000'):
             sampling.sizes(1000, K)
-    assert '--num_users 301: 300 training examples' in refused(['--num_users', '301'])
+    assert 'num_users 301: 300 training examples' in refused(['--num_users', '301'])
 
 @pytest.mark.parametrize('unequal', [0, 1])
 @pytest.mark.parametrize('K', [7, 100, 137])
@@ -711,6 +711,8 @@ def test_plays_that_are_damaged_or_missing_are_named_and_fetched_files_checked(
         path.write_bytes(damaged)
         assert 'othello.txt is truncated' in refused(words)
     path.unlink()
+    with pytest.raises(OSError, match='mnst: there is no such data set'):
+        sampling.load('mnst', folder)
     with pytest.raises(OSError, match='lacks shakespeare/othello.txt'):
         sampling.load('shakespeare', folder, download=False)
     monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: io.BytesIO(b'<html>'))
@@ -819,7 +821,8 @@ REFUSED = """
 --model lstm: 2nn; --dataset shakespeare: lstm; --dataset shakespeare --model lstm --alpha 1: 1242;
 --dataset shakespeare --model lstm --num_users 100: 1242; --unequal 1 --dataset shakespeare --model
 lstm: --unequal; --data-dir x: did you mean --data_dir?;
---learning_rate 1: did you mean --lr?; --xyzzy 1: --help"""
+--learning_rate 1: did you mean --lr?; --non_iid: did you mean --iid 0?; extra: this is no flag;
+--xyzzy 1: --help"""
 
 @pytest.mark.parametrize('case', [*REFUSED.split(';'), f'--seed {"9" * 5000}: --seed'])
 def test_senseless_values_end_in_one_line_before_any_data_are_read(refused, monkeypatch, case):

@@ -12,6 +12,8 @@ import os
 import numpy as np
 import torch
 
+from options import fail
+
 ROOMS = ('wire', 'prune', 'engines', 'local', 'privacy', 'secure', 'processes', 'silos',
          'stragglers', 'widths', 'cut', 'distill', 'personal', 'augment', 'records')
 
@@ -124,6 +126,26 @@ class Room:
 def rooms():
     """The rooms' modules."""
     return [importlib.import_module(f'beyond.{name}') for name in ROOMS]
+
+def names(cls, idle=()):
+    """The classes that cls is made of, but for idle ones, as text."""
+    return ', '.join(base.__name__ for base in cls.__mro__[1:-1]
+                     if base is not Room and base.__name__ not in idle)
+
+def of_the_user(server):
+    """The names of the user's own classes in a server and its clients. Exits with one line if one
+    of them overrides nothing: its methods may be misspelled."""
+    made = type(server), server.Client
+    steps = {name for cls in (*(cls.__mro__[-2] for cls in made), Room) for name in dir(cls)}
+    steps = {name for name in steps if not name.startswith('__')}
+    mine = [base for cls in made for base in cls.__mro__[1:-2]
+            if not base.__module__.startswith('beyond.') and base is not Room]
+    for cls in mine:
+        if cls.__init__ is object.__init__ and not steps & set(dir(cls)):
+            found = ', '.join(name for name in vars(cls) if not name.startswith('_')) or 'nothing'
+            fail(f'{cls.__name__}: it has {found}, and no step of fedavg.Server and no hook of '
+                 'fedavg.LocalUpdate; their names are in fedavg.py', everyone=True)
+    return [cls.__name__ for cls in mine]
 
 def chosen(args):
     """The classes that the flags ask for, outermost first: ([the outermost of the server], [its

@@ -89,7 +89,7 @@ def opened(flag, path, of_silo=False):
     except Exception as e:      # what torch.load raises for foreign bytes is not documented
         leave = '--resume' if flag == 'checkpoint' else f'--{flag}'
         reason = f': {e}' if type(e) is ValueError else ''
-        fail(f'--{flag} {path}: not a checkpoint of this program, or of another version of it '
+        fail(f'--{flag} {path}: damaged, or not a checkpoint of this version of the program '
              f'({type(e).__name__}{reason}); name one, or leave {leave} out', everyone=True)
     return saved
 

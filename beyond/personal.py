@@ -33,13 +33,14 @@ CLASHES = (('prune', 'personal layers', 'which the server could not prune'),
 def check(args):
     """Layers have names. Fills in the defaults."""
     requires(args, '--personal layers', ['personal_layers'], args.personal == 'layers')
-    requires(args, '--personal finetune', ['personal_ep'], args.personal in ('finetune', 'mix'))
+    trains = args.personal in ('finetune', 'mix')
+    requires(args, '--personal finetune or mix', ['personal_ep'], trains)
     requires(args, '--personal mix', ['mix'], args.personal == 'mix')
     if args.personal == 'layers' and not args.personal_layers:
         fail('--personal layers: which? name them with --personal_layers, as fc3')
     if args.personal == 'mix' and args.mix is None:
         args.mix = 0.5
-    if args.personal in ('finetune', 'mix'):
+    if trains:
         args.mix, args.personal_ep = args.mix or 0.0, args.personal_ep or 1
 
 class Personal(Room):

@@ -20,7 +20,7 @@ import threading
 
 import torch
 
-from beyond import Room, rooms
+from beyond import Room, names, of_the_user, rooms
 from beyond.files import COLUMNS, append, misfit, opened, replace, rows, set_aside
 from options import FREE, fail, number, typed, writable
 
@@ -61,6 +61,7 @@ class Records(Room):
         super().__init__(args)
         self.options = vars(args) | {'num_users': self.K}
         del self.options['device'], self.options['shape']
+        self.classes = of_the_user(self)
         self.before = {}            # a silo's state() after the round before
         self.first = 1              # round of this start
 
@@ -100,8 +101,9 @@ class Records(Room):
         print(f'in use, outermost first: {names(type(self), self.idle())}; clients: '
               f'{names(self.Client)}')
         if saved:
+            over = '; nothing is left to do' * (len(self.history) >= self.args.epochs)
             print(f'resumed from {self.file} after round {len(self.history)}; --epochs is '
-                  f'{self.args.epochs}')
+                  f'{self.args.epochs}{over}')
         else:
             set_aside(self.file)
         if not saved or saved['options']['csv'] != self.args.csv or not self.goes_on():
@@ -140,8 +142,12 @@ class Records(Room):
     def fit(self, saved):
         """Exits with an error if the checkpoint is not of this net and number of processes."""
         reason, self.w = misfit(saved['w'], self.net), saved['w']
-        kept, keeps = (set(state) - {'options', 'processes', 'round', 'w', 'history'}
+        kept, keeps = (set(state) - {'options', 'processes', 'classes', 'round', 'w', 'history'}
                        for state in (saved, self.state()))
+        classes = saved.get('classes', [])
+        if classes != self.classes:
+            reason = (f'it was made with {", ".join(classes) or "no class"} of your own, and this '
+                      f'run has {", ".join(self.classes) or "none"}')
         if kept != keeps:
             reason = (f'it holds the state of {", ".join(sorted(kept)) or "no class"}, and this '
                       f'run has that of {", ".join(sorted(keeps)) or "none"}')
@@ -208,7 +214,7 @@ class Records(Room):
     def content(self):
         """What the checkpoint holds."""
         if not self.rank:
-            return {'options': self.options, 'processes': self.size,
+            return {'options': self.options, 'processes': self.size, 'classes': self.classes,
                     'round': len(self.history)} | self.state()
         t = len(self.history)
         if t not in self.before:
@@ -262,11 +268,6 @@ class Records(Room):
         if signal.getsignal(signal.SIGINT) != before and 'LOCAL_RANK' not in os.environ:
             signal.signal(signal.SIGINT, before)        # of a notebook, say
         return code
-
-def names(cls, idle=()):
-    """The classes that cls is made of, but for idle ones, as text."""
-    return ', '.join(base.__name__ for base in cls.__mro__[1:]
-                     if base not in (object, Room) and base.__name__ not in idle)
 
 @contextlib.contextmanager
 def uninterrupted():

@@ -78,7 +78,7 @@ class Timed(Room):
         least = self.duration.min() / args.local_ep
         if args.deadline and args.deadline < least:
             fail(f'--deadline {args.deadline:g}: no client can do an epoch by then; take '
-                 f'{math.ceil(100 * least) / 100} or more', everyone=True)
+                 f'{math.ceil(100 * least) / 100} or more, or more --local_ep', everyone=True)
 
     def select(self, r):
         if not self.args.overselect:

@@ -148,7 +148,7 @@ def test_a_report_after_the_run_has_ended_knows_the_mask(data, tmp_path):       
     words = f'--prune 0.9 --prune_end 2 --personal finetune --checkpoint {tmp_path}/c.pt'
     report = ended(Ranks(words, data)).partition('accuracy on')[2]
     again = ended(Ranks(f'{words} --resume', data))
-    assert 'after round 3; --epochs is 3' in again
+    assert 'after round 3; --epochs is 3; nothing is left to do' in again
     assert again.partition('accuracy on')[2] == report != ''
 
 class Dead:

@@ -112,6 +112,10 @@ def test_fedprox_and_the_mask_meet_in_both_engines(run):        # noqa: F811
 def test_sparsity_is_zhu_and_guptas_cubic():
     s = [compress.sparsity(t, 0.8, 2, 6) for t in (0, 2, 4, 6, 9)]
     assert s == pytest.approx([0, 0, 0.8 * 7 / 8, 0.8, 0.8])
+    with pytest.raises(ValueError):
+        compress.sparsity(3, 0.9, 5, 5)
+    with pytest.raises(ValueError):
+        compress.prune(torch.ones(3), 2)
     stay = compress.prune(torch.tensor([3.0, -1, 0.5, -4, 1]), 0.6)
     assert stay.tolist() == [True, False, False, True, False]
     stay = compress.prune(torch.tensor([0.0, 1, -1, 0, 1, 1]), 0.5)     # of ties the first go

@@ -205,7 +205,7 @@ def test_what_is_no_checkpoint_or_an_old_one_is_refused_in_a_line(run, refused, 
                     [1, 2], {name: v for name, v in saved.items() if name != 'options'}):
         torch.save(content, tmp_path / 'other.pt')
         line = refused(['--resume', '--checkpoint', f'{tmp_path}/other.pt'])
-        assert 'not a checkpoint of this program, or of another version' in line
+        assert 'damaged, or not a checkpoint of this version' in line
     (tmp_path / 'junk.pt').write_bytes(b'no checkpoint')
     assert 'not a checkpoint' in refused(['--resume', '--checkpoint', f'{tmp_path}/junk.pt'])
     assert (tmp_path / 'junk.pt').read_bytes() == b'no checkpoint'
@@ -230,6 +230,25 @@ BROKEN = {
     'another length': lambda saved: {'Feedback': {3: torch.zeros(7)}},
     'no vector': lambda saved: {'Feedback': {3: 'x' * 199210}},
     'not finite': lambda saved: {'Feedback': {3: torch.full((199210,), math.nan)}}}
+
+class Loud:
+    __module__ = 'mine'
+
+    def describe(self, row):
+        return super().describe(row).upper()
+
+def test_a_run_goes_on_with_the_classes_that_it_was_made_with(run, refused, tmp_path):  # noqa: F811
+    words = f'--num_users 10 --frac 0.3 --epochs 1 --checkpoint {tmp_path}/c.pt'
+    run(words, Loud)
+    line = refused([*words.split(), '--resume'])
+    assert 'it was made with Loud of your own, and this run has none' in line
+    run(f'{words} --epochs 2 --resume', Loud)
+
+def test_a_class_that_overrides_nothing_is_refused(run, capsys):        # noqa: F811
+    for method in ('los', 'avrage'):
+        with pytest.raises(SystemExit):
+            run('--epochs 1', type('Mine', (), {method: print, '__module__': 'mine'}))
+        assert f'Mine: it has {method}, and no step of' in capsys.readouterr().err
 
 def test_a_fault_in_a_class_of_ones_own_is_not_the_checkpoints(run):    # noqa: F811
     class Careless:

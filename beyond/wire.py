@@ -126,8 +126,8 @@ class Wire(Room):
         sent = np.cumsum([0, *(row['up_bytes'] for row in self.history)])
         payloads = sum(row['clients'] + row['rejected'] for row in self.history)
         fp32 = payloads * len(encode(flat(self.w)))
-        line = (f'uploaded {sent[-1] / 1e6:.2f} MB (fp32: {fp32 / 1e6:.2f} MB, '
-                f'{fp32 / max(sent[-1], 1):.1f} times that); downloaded '
+        times = f' (fp32: {fp32 / 1e6:.2f} MB, {fp32 / max(sent[-1], 1):.1f} times that)'
+        line = (f'uploaded {sent[-1] / 1e6:.2f} MB{times * (fp32 > 0)}; downloaded '
                 f'{sum(row["down_bytes"] for row in self.history) / 1e6:.2f} MB')
         rounds = self.reached()
         if rounds:
