@@ -39,7 +39,7 @@ def check(args):
     torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
     requires(args, 'torchrun', ['timeout'], torchrun)
     started = os.environ.get('WORLD_SIZE')
-    if torchrun and args.processes and str(args.processes) != started:
+    if torchrun and (args.processes or 1) > 1 and str(args.processes) != started:   # 1: no forks
         fail(f'--processes {args.processes}: torchrun has started {started}; '
              'leave the flag out, or give torchrun --nproc_per_node')
 
