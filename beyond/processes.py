@@ -35,7 +35,7 @@ def flags(add):
 FREE = {'processes', 'timeout'}
 
 def check(args):
-    """Only processes that torchrun has started may have to wait long for one another."""
+    """Torchrun knows how many processes it has started; only these may have to wait long."""
     torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
     requires(args, 'torchrun', ['timeout'], torchrun)
     started = os.environ.get('WORLD_SIZE')
