@@ -191,7 +191,7 @@ class Processes(Room):
             w = super().average(self.completed(updates, w), w, r)   # where all else happens, too
         counted = [None] * self.size
         with together():
-            mine = dict(r.tally), out.getvalue() if self.rank else ''
+            mine = dict(r.tally), out.getvalue() if self.rank and not self.silo else ''
             dist.all_gather_object(counted, mine, group=GROUP['gloo'])
         r.tally.clear()
         for tally, lines in counted:
