@@ -135,13 +135,14 @@ def names(cls, idle=()):
 def of_the_user(server):
     """The names of the user's own classes in a server and its clients. Exits with one line if one
     of them overrides nothing: its methods may be misspelled."""
-    made = type(server), server.Client
-    steps = {name for cls in (*(cls.__mro__[-2] for cls in made), Room) for name in dir(cls)}
-    steps = {name for name in steps if not name.startswith('__')}
-    mine = [base for cls in made for base in cls.__mro__[1:-2]
-            if not base.__module__.startswith('beyond.') and base is not Room]
+    base = next(cls for cls in reversed(type(server).__mro__) if 'Client' in vars(cls))
+    known = base, base.Client, Room
+    steps = {name for cls in known for name in dir(cls) if not name.startswith('__')}
+    mine = [cls for made in (type(server), server.Client) for cls in made.__mro__[1:-1]
+            if cls not in known and not cls.__module__.startswith('beyond.')]
     for cls in mine:
-        if cls.__init__ is object.__init__ and not steps & set(dir(cls)):
+        heirs = any(issubclass(other, cls) for other in mine if other is not cls)
+        if not (heirs or steps & set(dir(cls)) or '__init__' in vars(cls)):
             found = ', '.join(name for name in vars(cls) if not name.startswith('_')) or 'nothing'
             fail(f'{cls.__name__}: it has {found}, and no step of fedavg.Server and no hook of '
                  'fedavg.LocalUpdate; their names are in fedavg.py', everyone=True)

@@ -250,6 +250,17 @@ def test_a_class_that_overrides_nothing_is_refused(run, capsys):        # noqa: 
             run('--epochs 1', type('Mine', (), {method: print, '__module__': 'mine'}))
         assert f'Mine: it has {method}, and no step of' in capsys.readouterr().err
 
+def test_a_class_may_have_bases_that_override_nothing(run):     # noqa: F811
+    class Helper:
+        __module__ = 'mine'
+    class Mine(fedavg.LocalUpdate, Helper):
+        __module__ = 'mine'
+    class Loss:
+        __module__ = 'mine'
+        def loss(self, logits, y, reduction='mean'):
+            return super().loss(logits, y, reduction)
+    run('--epochs 1', Loss, Mine, Loud)
+
 def test_a_fault_in_a_class_of_ones_own_is_not_the_checkpoints(run):    # noqa: F811
     class Careless:
         def load(self, state):
