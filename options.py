@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         """The Namespace of argv; unknown flags end the program."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            what = 'there is no such flag' if unknown[0][0] == '-' else 'this is no flag'
+            what = 'there is no such flag' if unknown[0][0] == '-' else 'this is not a flag'
             fail(f'{unknown[0]}: {what}{self.suggestion(unknown[0])}')
         return args
 

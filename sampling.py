@@ -274,7 +274,7 @@ def plays(data_dir, download=True):
     paths = {name: os.path.join(folder, 'shakespeare', f'{name}.txt') for name in PLAYS}
     missing = [name for name, path in paths.items() if not os.path.exists(path)]
     if missing and not download:
-        raise OSError(f'{folder} lacks {lacking(missing)}')
+        raise OSError(f'{folder} lacks {play_files(missing)}')
     for name, path in paths.items():
         if name in missing:
             fetch(name, path, missing[missing.index(name):])
@@ -285,7 +285,7 @@ def plays(data_dir, download=True):
         texts.append(text.decode('ascii'))
     return texts
 
-def lacking(names):
+def play_files(names):
     """The files of these plays, in a few words."""
     more = f' and {len(names) - 1} more play{"s" * (len(names) > 2)}' * (len(names) > 1)
     return f'shakespeare/{names[0]}.txt{more}'
@@ -297,7 +297,7 @@ def fetch(name, path, missing):
         with urllib.request.urlopen(f'{PLAYS_AT}{name}.txt', timeout=60) as answer:
             text = answer.read()
     except (OSError, http.client.HTTPException) as e:
-        raise unavailable(os.path.dirname(folder), [lacking(missing)], e, 'shakespeare') from e
+        raise unavailable(os.path.dirname(folder), [play_files(missing)], e, 'shakespeare') from e
     if hashlib.sha256(text).hexdigest()[:16] != PLAYS[name]:
         raise OSError(f'{PLAYS_AT}{name}.txt has changed; put the file of the commit in its '
                       f'address at {path}')

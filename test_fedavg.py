@@ -705,7 +705,7 @@ def test_plays_that_are_damaged_or_missing_are_named_and_fetched_files_checked(
     folder = write_plays(tmp_path, monkeypatch)
     words = ['--dataset', 'shakespeare', '--model', 'lstm', '--data_dir', folder]
     path = tmp_path / 'shakespeare/othello.txt'
-    assert sampling.lacking(['lear', 'hamlet']) == 'shakespeare/lear.txt and 1 more play'
+    assert sampling.play_files(['lear', 'hamlet']) == 'shakespeare/lear.txt and 1 more play'
     whole = path.read_bytes()
     for damaged in (whole[:-1], b'', b'ACT I\n'):
         path.write_bytes(damaged)
@@ -821,7 +821,7 @@ REFUSED = """
 --model lstm: 2nn; --dataset shakespeare: lstm; --dataset shakespeare --model lstm --alpha 1: 1242;
 --dataset shakespeare --model lstm --num_users 100: 1242; --unequal 1 --dataset shakespeare --model
 lstm: --unequal; --data-dir x: did you mean --data_dir?;
---learning_rate 1: did you mean --lr?; --non_iid: did you mean --iid 0?; extra: this is no flag;
+--learning_rate 1: did you mean --lr?; --non_iid: did you mean --iid 0?; extra: this is not a flag;
 --xyzzy 1: --help"""
 
 @pytest.mark.parametrize('case', [*REFUSED.split(';'), f'--seed {"9" * 5000}: --seed'])

@@ -11,7 +11,7 @@ S, noise of deviation z S on their sum. accountant.py says what that costs.
 
 With --secagg, the clients clip, and have to be trusted to. The noise comes from NumPy's and, in
 DP-SGD, torch's generators, which are seeded by --seed and not cryptographic.
-Field of a round: epsilon, what the rounds so far have cost.
+Fields of a round: epsilon, what the rounds so far have cost; hidden, set once noise is in the sum.
 """
 import math
 

@@ -41,7 +41,7 @@ def check(args):
     started = os.environ.get('WORLD_SIZE')
     if torchrun and (args.processes or 1) > 1 and str(args.processes) != started:   # 1: no forks
         fail(f'--processes {args.processes}: torchrun has started {started}; '
-             'leave the flag out, or give torchrun --nproc_per_node')
+             'leave the flag out, or give that number to --nproc_per_node')
 
 GROUP = {}      # gloo's processes and their store, which know who is missing; none if alone
 

@@ -108,7 +108,7 @@ class Pruned(Room):
             self.holders = set() if self.silo else set(state['Pruned']['holders'])
             self.full = state['Pruned']['full']     # --epochs may be another now
             if not all(type(k) is int for k in (self.full, *self.holders)):
-                raise ValueError('a round or a client that is no whole number')
+                raise ValueError('a round or a client that is not a whole number')
 
 class PrunedClient:
     """Sets pruned weights to zero after each step. mask: {name: tensor of 0 and 1}."""
