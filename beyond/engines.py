@@ -91,11 +91,6 @@ def unstackable(Client, Server, net):
         return f'{type(net).__name__} has a parameter with two names'
     return None
 
-def drops(net):
-    """Whether net has a layer of dropout."""
-    layers = (m for m in net.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
-    return any(layer.p > 0 for layer in layers)
-
 def unlike(client, net):
     """Why what the client's hooks make of net cannot train in a stack; None if it can."""
     parameters, name = list(client.model(net).parameters()), type(client).__mro__[1].__name__
@@ -127,9 +122,6 @@ class Stacked(Room):
         super().__init__(args)
         self.reason = unstackable(self.Client, type(self).__mro__[-2], self.net)
         self.insist()
-        if args.compile and args.device.type == 'cuda' and drops(self.net):
-            fail(f'--compile 1: {args.model} has dropout, with which it learnt less when compiled '
-                 'for a GPU (results/README.md, "Speed"); leave the flag out', everyone=True)
 
     def insist(self):
         """Exits with one line if stacks were asked for and cannot be had."""

@@ -130,8 +130,6 @@ class CompiledStack(Stack):
         self.optimizer.step()       # makes the optimizer's state
         for v in self.w + self.start + self.optimizer_state():
             torch._dynamo.mark_static_address(v)        # or no CUDA graph is made of the step
-        cuda = client.args.device.type == 'cuda'
-        self.step = torch.compile(self.step, mode='reduce-overhead' if cuda else 'default')
 
     def optimizer_state(self):
         """The tensors of the optimizer's state."""
@@ -144,6 +142,7 @@ class CompiledStack(Stack):
         at = torch.zeros(self.size, self.B, dtype=torch.int64, device=x.device)
         torch._logging.set_logs(dynamo=logging.ERROR)
         logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)   # no CUDA
+        self.step = torch.compile(self.step, mode=mode(self.net, self.client, x[:2]))
         try:
             self.step(x[at], y[at], at.float())
         except Exception as e:      # whatever torch.compile and the C++ compiler raise
@@ -176,3 +175,11 @@ class CompiledStack(Stack):
     def gradients(self, x, y, weight):
         # torch.compile does not take torch.autograd.grad.
         return torch.func.grad(self.losses, has_aux=True)(self.w, x, y, weight)
+
+def mode(net, client, x):
+    """torch.compile's: "reduce-overhead", with CUDA graphs, on a GPU, unless a step is random, by
+    dropout or by what client.transform makes of x: nets with dropout learnt less from a graph
+    (results/README.md, "Speed")."""
+    layers = (m for m in net.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
+    random = any(layer.p > 0 for layer in layers) or client.transform(x) is not x
+    return 'reduce-overhead' if client.args.device.type == 'cuda' and not random else 'default'

@@ -19,9 +19,10 @@ import fedavg
 import models
 import options
 import sampling
+from beyond.augment import AugmentedClient
 from beyond.engines import Stacked, fingerprint, memory, unstackable
 from beyond.local import AdamW, Proximal
-from beyond.stacks import Stack
+from beyond.stacks import Stack, mode
 from test_fedavg import (HERE, client_args, data, final, image_toy, near, refused,      # noqa: F401
                          run)
 
@@ -241,22 +242,17 @@ def test_hooks_that_a_stack_would_miss_are_left_to_the_loop(Own, run, capsys):  
         run('--epochs 1 --engine stacked', Own)
     assert 'take --engine loop' in capsys.readouterr().err
 
-def test_dropout_is_not_compiled_for_a_gpu(capsys):
-    class Netted:
-        def __init__(self, args):
-            self.args, self.net = args, models.build(args)
-    made = type('Server', (Stacked, Netted, fedavg.Server), {'Client': fedavg.LocalUpdate})
-    args = SimpleNamespace(compile=1, engine='auto', model='2nn', num_classes=10, shape=(1, 28, 28),
-                           num_channels=1, device=torch.device('cuda', 0))
-    assert made(args).reason is None
-    for model in ('mlp', 'cnn'):
-        args.model = model
-        with pytest.raises(SystemExit):
-            made(args)
-        assert f'{model} has dropout' in capsys.readouterr().err
-        args.compile = 0
-        assert made(args).reason is None
-        args.compile = 1
+def test_what_is_random_is_compiled_without_a_graph():
+    args = SimpleNamespace(num_classes=10, shape=(1, 28, 28), num_channels=1, dataset='mnist', augment=1)
+    def mode_of(model, device, Client=fedavg.LocalUpdate):
+        args.model, args.device = model, torch.device(device)
+        client = Client.__new__(Client)     # without data
+        client.args = args
+        return mode(models.build(args), client, torch.randn(2, 1, 28, 28))
+    Turned = type('Turned', (AugmentedClient, fedavg.LocalUpdate), {})
+    assert mode_of('2nn', 'cuda') == mode_of('paper_cnn', 'cuda') == 'reduce-overhead'
+    assert mode_of('cnn', 'cuda') == mode_of('mlp', 'cuda') == 'default'
+    assert mode_of('2nn', 'cpu') == mode_of('2nn', 'cuda', Turned) == 'default'
 
 class Spare(nn.Module):
     """A net with a layer that it does not use, or with one under two names."""

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import beyond
 import fedavg
 import models
 import sampling
+from beyond.engines import Stacked, memory
 from beyond.widths import Widths, narrowed
 from test_fedavg import data, final, refused, run, same      # noqa: F401
 
@@ -42,6 +44,7 @@ class Averager:
     def __init__(self, args):
         self.args = args
         self.net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+        self.test_set = TensorDataset(torch.zeros(2, 1))
         values = ([[1.0], [2.0]], [3.0, 4.0], [[5.0, 6.0]], [7.0])
         self.w = dict(zip(self.net.state_dict(), map(torch.tensor, values)))
 
@@ -122,9 +125,13 @@ class Beside(nn.Module):
     def forward(self, x):
         return self.left(x.flatten(1)) + self.right(x.flatten(1))
 
-def test_layers_beside_each_other_cannot_be_narrow(refused):        # noqa: F811
-    words = '--widths 1,0.5 --model beyond.test_widths:Beside'.split()
-    assert 'follow one another' in refused([*words, '--num_users', '2'])
+def test_layers_beside_each_other_cannot_be_narrow(refused, monkeypatch):        # noqa: F811
+    words = '--widths 1,0.5 --model beyond.test_widths:Beside --num_users 2'.split()
+    assert 'follow one another' in refused(words)
+    # On a GPU the size of a stack is found by running the nets.
+    monkeypatch.setattr(Stacked, 'stack_size', lambda self, net, B: (
+        memory(net, self.train_set[:1][0], B) and 1))
+    assert 'follow one another' in refused([*words, '--engine', 'stacked'])
 
 def test_what_cannot_be_narrow_is_refused(refused, monkeypatch):        # noqa: F811
     monkeypatch.setattr(sampling, 'load', lambda *_: pytest.fail('data were read'))

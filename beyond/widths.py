@@ -53,22 +53,23 @@ class Widths(Room):
 
     def prepare(self):
         super().prepare()
-        x = self.test_set.tensors[0][:2]
-        try:
-            for net in self.nets():
-                copy.deepcopy(net).eval()(x)
-        except Exception as e:      # whatever layers of other sizes make of a net of the user's
-            fail(f'--widths {typed(self.args.widths)}: a narrower {self.args.model} does not work '
-                 f'({str(e) or type(e).__name__}); its layers have to follow one another',
-                 everyone=True)
+        self.nets()         # exits if there is one that does not work
 
     def nets(self):
         return self.narrower
 
     @functools.cached_property
     def narrower(self):
-        """A net for each width."""
-        return [narrowed(self.net, width) for width in self.args.widths]
+        """A net for each width; exits with one line if one of them does not work."""
+        nets, x = [narrowed(self.net, width) for width in self.args.widths], self.test_set[:2][0]
+        try:
+            for net in nets:
+                copy.deepcopy(net).eval()(x)
+        except Exception as e:      # whatever layers of other sizes make of a net of the user's
+            fail(f'--widths {typed(self.args.widths)}: a narrower {self.args.model} does not work '
+                 f'({str(e) or type(e).__name__}); its layers have to follow one another',
+                 everyone=True)
+        return nets
 
     @functools.cached_property
     def held(self):
