@@ -140,16 +140,28 @@ class CompiledStack(Stack):
         """Compiles the step and says how long it took; exits with one line if it cannot."""
         began = time.perf_counter()
         at = torch.zeros(self.size, self.B, dtype=torch.int64, device=x.device)
+        batch = x[at], y[at], at.float()
+        graph = self.client.args.device.type == 'cuda'
         torch._logging.set_logs(dynamo=logging.ERROR)
         logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)   # no CUDA
-        self.step = torch.compile(self.step, mode=mode(self.net, self.client, x[:2]))
         try:
-            self.step(x[at], y[at], at.float())
+            # From a graph a net with dropout learnt less (results/README.md, "Speed").
+            random = graph and self.draws(*batch)
+            mode = 'reduce-overhead' if graph and not random else 'default'
+            self.step = torch.compile(self.step, mode=mode)
+            self.step(*batch)
         except Exception as e:      # whatever torch.compile and the C++ compiler raise
             reason = str(getattr(e, 'inner_exception', e)).strip().partition('\n')[0]
             fail(f'--compile 1: torch.compile does not work here ({reason}); leave the flag out',
                  everyone=True)
-        print(f'--compile 1: compiled in {time.perf_counter() - began:.0f} s')
+        print(f'--compile 1: compiled in {time.perf_counter() - began:.0f} s'
+              + ', without a CUDA graph, as a step draws random numbers' * random)
+
+    def draws(self, *batch):
+        """Whether a step draws random numbers, for dropout or augmentation, say."""
+        before = generators(self.w[0].device)
+        self.step(*batch)
+        return not torch.equal(before, generators(self.w[0].device))
 
     def begin(self, net, states, lr):
         self.client.model(net)
@@ -176,10 +188,9 @@ class CompiledStack(Stack):
         # torch.compile does not take torch.autograd.grad.
         return torch.func.grad(self.losses, has_aux=True)(self.w, x, y, weight)
 
-def mode(net, client, x):
-    """torch.compile's: "reduce-overhead", with CUDA graphs, on a GPU, unless a step is random, by
-    dropout or by what client.transform makes of x: nets with dropout learnt less from a graph
-    (results/README.md, "Speed")."""
-    layers = (m for m in net.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
-    random = any(layer.p > 0 for layer in layers) or client.transform(x) is not x
-    return 'reduce-overhead' if client.args.device.type == 'cuda' and not random else 'default'
+def generators(device):
+    """The states of the generators that what runs on a device may draw from, as one tensor."""
+    states = [torch.get_rng_state()]
+    if device.type == 'cuda':
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)

@@ -22,7 +22,7 @@ import sampling
 from beyond.augment import AugmentedClient
 from beyond.engines import Stacked, fingerprint, memory, unstackable
 from beyond.local import AdamW, Proximal
-from beyond.stacks import Stack, mode
+from beyond.stacks import CompiledStack, Stack
 from test_fedavg import (HERE, client_args, data, final, image_toy, near, refused,      # noqa: F401
                          run)
 
@@ -242,17 +242,30 @@ def test_hooks_that_a_stack_would_miss_are_left_to_the_loop(Own, run, capsys):  
         run('--epochs 1 --engine stacked', Own)
     assert 'take --engine loop' in capsys.readouterr().err
 
-def test_what_is_random_is_compiled_without_a_graph():
-    args = SimpleNamespace(num_classes=10, shape=(1, 28, 28), num_channels=1, dataset='mnist', augment=1)
-    def mode_of(model, device, Client=fedavg.LocalUpdate):
-        args.model, args.device = model, torch.device(device)
-        client = Client.__new__(Client)     # without data
-        client.args = args
-        return mode(models.build(args), client, torch.randn(2, 1, 28, 28))
-    Turned = type('Turned', (AugmentedClient, fedavg.LocalUpdate), {})
-    assert mode_of('2nn', 'cuda') == mode_of('paper_cnn', 'cuda') == 'reduce-overhead'
-    assert mode_of('cnn', 'cuda') == mode_of('mlp', 'cuda') == 'default'
-    assert mode_of('2nn', 'cpu') == mode_of('2nn', 'cuda', Turned) == 'default'
+class Noisy(nn.Module):
+    """A net whose dropout is no layer."""
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(784, 10)
+
+    def forward(self, x):
+        return self.fc(F.dropout(x.flatten(1)))
+
+def test_what_is_random_is_compiled_without_a_graph(monkeypatch, capsys):
+    compiled, (dataset, plain) = [], image_toy('2nn', 30)
+    monkeypatch.setattr(torch, 'compile', lambda step, mode: compiled.append(mode) or step)
+    def mode(net, device='cuda', rooms=()):
+        args = client_args(dataset='mnist', augment=1)
+        client = type('Client', (*rooms, fedavg.LocalUpdate), {})(args, dataset, range(30))
+        stack = CompiledStack(net, client, 2, 10)
+        args.device = torch.device(device)      # as if: the tensors stay where they are
+        stack.compile(*dataset.tensors)
+        assert ('without a CUDA graph' in capsys.readouterr().out) == (
+            device == 'cuda' and compiled[-1] == 'default')
+        return compiled[-1]
+    assert mode(plain) == 'reduce-overhead' and mode(plain, 'cpu') == 'default'
+    assert mode(plain, rooms=[AugmentedClient]) == mode(Noisy()) == 'default'
+    assert mode(image_toy('mlp')[1]) == 'default'
 
 class Spare(nn.Module):
     """A net with a layer that it does not use, or with one under two names."""

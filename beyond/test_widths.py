@@ -128,9 +128,11 @@ class Beside(nn.Module):
 def test_layers_beside_each_other_cannot_be_narrow(refused, monkeypatch):        # noqa: F811
     words = '--widths 1,0.5 --model beyond.test_widths:Beside --num_users 2'.split()
     assert 'follow one another' in refused(words)
-    # On a GPU the size of a stack is found by running the nets.
-    monkeypatch.setattr(Stacked, 'stack_size', lambda self, net, B: (
-        memory(net, self.train_set[:1][0], B) and 1))
+    def stack_size(self, net, B):
+        """As on a GPU: it runs the nets."""
+        memory(net, self.train_set.tensors[0][:1], B)
+        return 1
+    monkeypatch.setattr(Stacked, 'stack_size', stack_size)
     assert 'follow one another' in refused([*words, '--engine', 'stacked'])
 
 def test_what_cannot_be_narrow_is_refused(refused, monkeypatch):        # noqa: F811

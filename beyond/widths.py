@@ -60,8 +60,10 @@ class Widths(Room):
 
     @functools.cached_property
     def narrower(self):
-        """A net for each width; exits with one line if one of them does not work."""
-        nets, x = [narrowed(self.net, width) for width in self.args.widths], self.test_set[:2][0]
+        """A net for each width, once the data are read; exits with one line if one of them does
+        not work."""
+        nets = [narrowed(self.net, width) for width in self.args.widths]
+        x = self.test_set.tensors[0][:2]
         try:
             for net in nets:
                 copy.deepcopy(net).eval()(x)
