@@ -125,9 +125,23 @@ class Beside(nn.Module):
     def forward(self, x):
         return self.left(x.flatten(1)) + self.right(x.flatten(1))
 
+class Joined(nn.Module):
+    """Two layers beside each other whose outputs a third one takes: shapes fit in a narrow net."""
+    def __init__(self, args):
+        super().__init__()
+        self.first = nn.Linear(784, 20)
+        self.left, self.right = nn.Linear(20, 20), nn.Linear(20, 20)
+        self.last = nn.Linear(40, 10)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        return self.last(torch.cat([self.left(x), self.right(x)], 1))
+
 def test_layers_beside_each_other_cannot_be_narrow(refused, monkeypatch):        # noqa: F811
     words = '--widths 1,0.5 --model beyond.test_widths:Beside --num_users 2'.split()
     assert 'follow one another' in refused(words)
+    joined = ['beyond.test_widths:Joined' if 'Beside' in word else word for word in words]
+    assert 'its units are others' in refused(joined)
     def stack_size(self, net, B):
         """As on a GPU: it runs the nets."""
         memory(net, self.train_set.tensors[0][:1], B)

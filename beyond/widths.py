@@ -65,13 +65,25 @@ class Widths(Room):
         nets = [narrowed(self.net, width) for width in self.args.widths]
         x = self.test_set.tensors[0][:2]
         try:
-            for net in nets:
-                copy.deepcopy(net).eval()(x)
+            reason = '' if all(self.is_part(net, x) for net in nets) else 'its units are others'
         except Exception as e:      # whatever layers of other sizes make of a net of the user's
+            reason = str(e) or type(e).__name__
+        if reason:
             fail(f'--widths {typed(self.args.widths)}: a narrower {self.args.model} does not work '
-                 f'({str(e) or type(e).__name__}); its layers have to follow one another',
-                 everyone=True)
+                 f'({reason}); its layers have to follow one another, in the order in which they '
+                 'are made', everyone=True)
         return nets
+
+    @torch.no_grad()
+    def is_part(self, net, x):
+        """Whether net makes of x what the whole net does that has zeros where net has nothing."""
+        whole, w = copy.deepcopy(self.net).eval(), net.state_dict()
+        for v in whole.parameters():
+            v.zero_()
+        for name, part in leading(whole.state_dict(), w).items():
+            part.copy_(w[name])
+        expected = whole(x)
+        return (copy.deepcopy(net).eval()(x) - expected).norm() <= 0.01 * expected.norm()
 
     @functools.cached_property
     def held(self):
