@@ -141,7 +141,7 @@ def test_layers_beside_each_other_cannot_be_narrow(refused, monkeypatch):       
     words = '--widths 1,0.5 --model beyond.test_widths:Beside --num_users 2'.split()
     assert 'follow one another' in refused(words)
     joined = ['beyond.test_widths:Joined' if 'Beside' in word else word for word in words]
-    assert 'its units are others' in refused(joined)
+    assert 'its output is not that of the units' in refused(joined)
     def stack_size(self, net, B):
         """As on a GPU: it runs the nets."""
         memory(net, self.train_set.tensors[0][:1], B)

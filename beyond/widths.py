@@ -53,7 +53,7 @@ class Widths(Room):
 
     def prepare(self):
         super().prepare()
-        self.nets()         # exits if there is one that does not work
+        self.nets()         # whatever the engine, nets that do not work are found here
 
     def nets(self):
         return self.narrower
@@ -65,7 +65,8 @@ class Widths(Room):
         nets = [narrowed(self.net, width) for width in self.args.widths]
         x = self.test_set.tensors[0][:2]
         try:
-            reason = '' if all(self.is_part(net, x) for net in nets) else 'its units are others'
+            parts = all(self.is_part(net, x) for net in nets)
+            reason = '' if parts else 'its output is not that of the units it shares with the whole'
         except Exception as e:      # whatever layers of other sizes make of a net of the user's
             reason = str(e) or type(e).__name__
         if reason:
@@ -76,14 +77,15 @@ class Widths(Room):
 
     @torch.no_grad()
     def is_part(self, net, x):
-        """Whether net makes of x what the whole net does that has zeros where net has nothing."""
+        """Whether net gives for x what the whole net gives once all that net lacks is 0."""
         whole, w = copy.deepcopy(self.net).eval(), net.state_dict()
         for v in whole.parameters():
             v.zero_()
         for name, part in leading(whole.state_dict(), w).items():
             part.copy_(w[name])
         expected = whole(x)
-        return (copy.deepcopy(net).eval()(x) - expected).norm() <= 0.01 * expected.norm()
+        difference = copy.deepcopy(net).eval()(x) - expected
+        return difference.norm() <= 0.01 * expected.norm()      # a GPU may compute in TF32
 
     @functools.cached_property
     def held(self):
