@@ -21,8 +21,9 @@ from sampling import rng, select
 def lognormal(text):
     """--speeds' type: the S of lognormal:S."""
     name, _, sigma = text.partition(':')
-    if name != 'lognormal':
-        raise argparse.ArgumentTypeError(f'{text!r} is invalid; expected lognormal:S')
+    if name != 'lognormal' or not sigma:
+        raise argparse.ArgumentTypeError(f'{text!r} is invalid; expected lognormal:S, as '
+                                         'lognormal:1')
     return number(float, 0, 10, hint='as lognormal:1')(sigma)
 
 def flags(add):

@@ -175,6 +175,7 @@ def test_what_cannot_straggle_is_refused(refused, monkeypatch):     # noqa: F811
     monkeypatch.setattr(sampling, 'load', lambda *_: pytest.fail('data were read'))
     for words, said in (
             ('--drop 1.1', '--drop'), ('--corrupt 2', '--corrupt'), ('--speeds 1', 'lognormal:'),
+            ('--speeds lognormal', "'lognormal' is invalid"),
             ('--speeds lognormal:x', 'as lognormal:1'), ('--deadline 0', '--deadline'),
             ('--overselect -1', '--overselect'), ('--overselect 10', '110 of 100'),
             ('--overselect 1 --secagg 1', 'given up'), ('--corrupt 0.1 --secagg 1', 'garbage')):

@@ -344,8 +344,9 @@ def chosen(args):
         papers.setdefault(words, []).append(paper or 0)
     keys = [names[found[key][0]] for key in of_table if parts <= set(key[1].split(','))]
     if not keys:
-        sys.exit(f'--cell {args.cell}: no such cell; there are '
-                 + '; '.join(cell for _, cell in of_table))
+        known = {part for _, cell in of_table for part in cell.split(',')}
+        sys.exit(f'--cell {args.cell}: no cell has all of these parts; there are '
+                 + ', '.join(sorted(known)))
     return {key: (f'{args.more} {words}'.strip(), max(papers[words]) or None)
             for key, (words, _) in found.items() if key in keys}
 

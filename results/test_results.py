@@ -107,6 +107,9 @@ def test_an_eta_can_be_given_and_is_shown(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit):
             reproduce.main()
         assert 'goes with --cell' in capsys.readouterr().err
+    monkeypatch.setattr('sys.argv', 'reproduce.py --table 4 --cell E=5,lstm'.split())
+    with pytest.raises(SystemExit, match='no cell has all of these parts; there are B=10, B=50, B'):
+        reproduce.main()
 
 def test_eta_and_its_neighbours_are_checked_on_two_more_seeds(
         monkeypatch, tmp_path, capsys):
