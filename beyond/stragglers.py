@@ -22,8 +22,7 @@ def lognormal(text):
     """--speeds' type: the S of lognormal:S."""
     name, _, sigma = text.partition(':')
     if name != 'lognormal' or not sigma:
-        raise argparse.ArgumentTypeError(f'{text!r} is invalid; expected lognormal:S, as '
-                                         'lognormal:1')
+        raise argparse.ArgumentTypeError(f'{text!r} is invalid; expected lognormal:S')
     return number(float, 0, 10, hint='as lognormal:1')(sigma)
 
 def flags(add):
