@@ -37,7 +37,6 @@ class Stack:
 
     def begin(self, net, states, lr):
         """Copies of the weights in states, a state_dict for each client; a fresh optimizer."""
-        without_dynamo()
         self.client.model(net)
         self.w = [stacked([w[name] for w in states], name in self.columns).requires_grad_()
                   for name in self.names]

@@ -17,6 +17,7 @@ import torch
 
 import fedavg
 from beyond import forked
+from beyond.test_processes import forkserver
 from test_fedavg import data, near, read_log, refused, run, same, weights      # noqa: F401
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(),
@@ -108,10 +109,9 @@ def as_a_program(words, said):
 @pytest.mark.parametrize('who, code', [
     ('child', 3), ('parent', -9), ('Ctrl-C', 130), ('Ctrl-C for the parent', 130)])
 def test_if_one_ends_all_end_and_the_checkpoint_is_kept(data, tmp_path, who, code):     # noqa: F811
-    server, said = multiprocessing.get_context('forkserver'), (tmp_path / 'out', tmp_path / 'err')
-    server.set_forkserver_preload(['fedavg', 'beyond.test_forked'])
+    said = tmp_path / 'out', tmp_path / 'err'
     words = f'{WORDS} --data_dir {data} --checkpoint {tmp_path}/c.pt'
-    process = server.Process(target=as_a_program, args=(words, said))
+    process = forkserver().Process(target=as_a_program, args=(words, said))
     process.start()
     while not (tmp_path / 'c.pt').exists() and process.is_alive():
         time.sleep(0.02)
@@ -140,8 +140,8 @@ def dying(words, said):
     as_a_program(words, said)
 
 def test_a_child_that_dies_before_it_has_joined_ends_the_run(data, tmp_path):      # noqa: F811
-    server, said = multiprocessing.get_context('forkserver'), (tmp_path / 'out', tmp_path / 'err')
-    process = server.Process(target=dying, args=(f'{WORDS} --data_dir {data}', said))
+    said = tmp_path / 'out', tmp_path / 'err'
+    process = forkserver().Process(target=dying, args=(f'{WORDS} --data_dir {data}', said))
     process.start()
     process.join(100)
     alive, _ = process.is_alive(), process.kill()

@@ -36,13 +36,19 @@ def torchrun(words, data, processes=2, flags='--standalone'):       # noqa: F811
     return subprocess.Popen([sys.executable, *command.split(), *program.split()], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
+def forkserver():
+    """A context whose processes are forked from one that has imported torch, and the part of it
+    that torch's optimizers would import in their first step."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['torch._dynamo', 'fedavg', 'beyond.test_processes'])
+    return context
+
 class Ranks:
     """torchrun's equal without its start: the ranks are forked from a process that has imported
     torch. ranks: the processes; said: the files that hold what they print."""
     def __init__(self, words, data, processes=2, *classes):     # noqa: F811
         words = f'{among(words)} --data_dir {data} {words}'
-        server = multiprocessing.get_context('forkserver')
-        server.set_forkserver_preload(['fedavg', 'beyond.test_processes'])
+        server = forkserver()
         self.said, port = [pathlib.Path(tempfile.mkstemp()[1]) for _ in range(2)], free_port()
         self.ranks = [server.Process(target=one_rank,
                                      args=(words.split(), rank, processes, port, self.said,

@@ -5,7 +5,6 @@
 import contextlib
 import importlib.util
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -19,6 +18,7 @@ import torch
 import fedavg
 import sampling
 from beyond.files import opened
+from beyond.test_processes import forkserver
 from test_fedavg import data, read_log, refused, run, same, shell, weights      # noqa: F401
 
 ########################################## The log ##########################################
@@ -341,9 +341,7 @@ def test_a_run_that_is_interrupted_and_killed_goes_on_where_it_was(
     out, err = first.communicate(timeout=100)
     assert first.returncode == 130 and 'interrupted' in out and 'Traceback' not in err
     assert f'checkpoint: {tmp_path}/c.pt' in out
-    server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['fedavg', 'beyond.test_processes'])
-    second = server.Process(target=fedavg.main, args=(f'{words} --resume'.split(),))
+    second = forkserver().Process(target=fedavg.main, args=(f'{words} --resume'.split(),))
     second.start()
     seen = rounds(log)
     while rounds(log) < seen + 2 and second.is_alive():

@@ -6,7 +6,6 @@ are refused in one line.
 import ast
 import importlib
 import itertools
-import multiprocessing
 import os
 import pathlib
 import re
@@ -20,7 +19,7 @@ import torch
 import beyond
 import fedavg
 import options
-from beyond.test_processes import elastic, free_port
+from beyond.test_processes import elastic, forkserver, free_port
 from test_fedavg import data, write_mnist, write_plays     # noqa: F401, data is a fixture
 
 HERE = pathlib.Path(__file__).parent
@@ -225,9 +224,7 @@ def one_silo(argv, rank, ports, root):
 def test_silos_with_many_rooms_resume_bit_for_bit(run, folder, tmp_path):
     argv = words(run.split(', '), folder) + ['--frac', '1', '--data_dir', f'{folder}/silo{{rank}}']
     ports = [free_port() for _ in range(3)]
-    server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['fedavg', 'beyond.test_rooms'])
-    silos = [server.Process(target=one_silo, args=(argv, rank, list(ports), tmp_path))
+    silos = [forkserver().Process(target=one_silo, args=(argv, rank, list(ports), tmp_path))
              for rank in range(3)]
     for silo in silos:
         silo.start()
