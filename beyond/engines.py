@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from beyond import Room
-from beyond.stacks import CompiledStack, Stack, without_dynamo
+from beyond.stacks import CompiledStack, Stack
 from options import fail
 from sampling import seed_torch
 
@@ -135,7 +135,6 @@ class Stacked(Room):
 
     def prepare(self):
         super().prepare()
-        without_dynamo()
         k = next(iter(self.parts))
         self.reason = self.reason or unlike(self.client(k, self.Round(0)), self.net)
         self.insist()

@@ -16,13 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from options import fail
 
-def without_dynamo():
-    """Keeps optimizers from importing torch._dynamo, which takes seconds, for the sole purpose of
-    being left out of what it compiles: torch._disable_dynamo takes the function set here."""
-    for name in ('add_param_group', 'zero_grad'):
-        function = inspect.unwrap(getattr(torch.optim.Optimizer, name))
-        function.__dict__.setdefault('__dynamo_disable', function)
-
 class Stack:
     """Copies of a net's weights, (m, ...), m at most `size`, and one optimizer for all.
 

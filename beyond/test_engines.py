@@ -198,13 +198,6 @@ def test_an_edit_of_localupdate_is_never_without_effect(
     run('--epochs 1')
     assert len(called) >= 3 and 'has been edited' in capsys.readouterr().out
 
-def test_stacks_do_without_what_takes_seconds_to_import(run, monkeypatch):     # noqa: F811
-    for name in ('add_param_group', 'zero_grad'):
-        function = inspect.unwrap(getattr(torch.optim.Optimizer, name))
-        monkeypatch.delitem(vars(function), '__dynamo_disable', raising=False)
-    monkeypatch.setitem(sys.modules, 'torch._dynamo', None)     # importing it would raise
-    assert len(run('--engine stacked --optimizer adamw --lr 0.001')) == 3
-
 def test_an_edit_of_the_file_is_never_without_effect(tmp_path, data):       # noqa: F811
     for name in ('fedavg', 'models', 'sampling', 'compress', 'options'):
         shutil.copy(HERE / f'{name}.py', tmp_path)
