@@ -37,8 +37,8 @@ def torchrun(words, data, processes=2, flags='--standalone'):       # noqa: F811
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 def forkserver():
-    """A context whose processes are forked from one that has imported torch, and the part of it
-    that torch's optimizers would import in their first step."""
+    """A context whose processes are forked from one that has imported torch, and what an
+    optimizer would otherwise import in its first step."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['torch._dynamo', 'fedavg', 'beyond.test_processes'])
     return context
