@@ -95,7 +95,7 @@ class LocalUpdate:
         return loss.detach()
 
     def loss(self, logits, y, reduction='mean'):
-        """The loss of logits (B, classes) for labels y (B,); with reduction 'none', (B,)."""
+        """The mean loss of logits (B, classes, ...) for labels y (B, ...), or of each ('none')."""
         return F.cross_entropy(logits, y, reduction=reduction)
 
     def adjust(self, parameters, start):
@@ -288,7 +288,7 @@ class Server:
         best, rounds = max(self.history, key=lambda row: row['test_acc']), self.reached()
         lines = [f'best test accuracy {100 * best["test_acc"]:.2f} % (round {best["round"]})']
         if self.args.target:
-            found = f'{rounds:.1f}' if rounds else f'not reached in {len(self.history)} rounds'
+            found = f'{rounds:.1f}' if rounds else f'not reached by round {len(self.history)}'
             lines.append(f'rounds to {100 * self.args.target:.2f} %: {found}')
         return lines
 

@@ -774,7 +774,7 @@ def test_target_stops_the_run_and_is_reported(run, capsys):
     rounds = fedavg.rounds_to(0.5, accuracies)
     assert f'rounds to 50.00 %: {rounds:.1f}' in capsys.readouterr().out
     run('--target 1 --epochs 2 --lr 1e-6')
-    assert 'rounds to 100.00 %: not reached in 2 rounds' in capsys.readouterr().out
+    assert 'rounds to 100.00 %: not reached by round 2' in capsys.readouterr().out
 
 def test_the_flags_reach_the_steps(run, monkeypatch, capsys):
     seen, holdings = [], sampling.holdings

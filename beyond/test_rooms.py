@@ -291,6 +291,7 @@ def test_every_flag_belongs_to_a_group_of_its_room(capsys):
     out = capsys.readouterr().out
     titles = re.findall(r'^(the paper|beyond\.\w+): ?.*$', out, re.M)
     assert titles[0] == 'the paper' and 'beyond.wire' in titles and len(titles) > 10
+    assert '.:\n' not in out
     out = out[out.index('the paper:'):]        # after the usage
     assert out.index('--num_users') < out.index('beyond.wire') < out.index('--quantize')
 

@@ -165,7 +165,7 @@ def check_eta(table, cell, words, paper, data_dir):
     """Runs a cell's eta, and then its neighbours, on seeds 8 and 9, into eta.csv."""
     done, grid = tried(words), grid_of(words)
     if not done:
-        print(f'--check_eta: {cell} has no eta in results/eta.csv yet; run the cell first',
+        print(f'--check_eta: {cell} has no eta in results/eta.csv; run it first, without --lr',
               file=sys.stderr)
         return
     at = grid.index(min(done, key=done.get))
@@ -196,6 +196,7 @@ def search(table, cell, words, paper, data_dir):
     at = grid.index(min(done, key=done.get)) if done else start
     def rounds(i):
         if grid[i] not in done:
+            print(f'--- {table}, {cell}: eta {grid[i]} on seed {SEED}', file=sys.stderr)
             limits = [math.ceil(v) for v in done.values() if v < math.inf]
             most = min([math.ceil(1.5 * (paper or UNKNOWN)), *limits])
             reached, seconds, _ = run(words, grid[i], SEED, most, data_dir)
@@ -330,6 +331,8 @@ def parsed():
     args = parser.parse_args()
     if args.lr is not None and (args.lr <= 0 or not args.cell or args.check_eta):
         parser.error(f'--lr {args.lr}: has to be above 0 and goes with --cell, without --check_eta')
+    if (args.show or args.figure) and (args.table or args.cell):
+        parser.error('--show and --figure take all cells; leave out --table and --cell')
     args.data_dir = os.path.abspath(args.data_dir)
     return args
 

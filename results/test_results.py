@@ -102,11 +102,14 @@ def test_an_eta_can_be_given_and_is_shown(monkeypatch, capsys, tmp_path):
     assert ran == [(1.4678, 0), (2, 1)]
     reproduce.tables()
     assert '| 41 | **30.0** (30.0 to 30.0), η 1.4678, η 2 |' in capsys.readouterr().out
-    for wrong in '--lr 0 --cell E=1', '--lr 1', '--lr 1 --cell E=1 --check_eta':
+    for said, wrong in (('goes with --cell', '--lr 0 --cell E=1'), ('goes with --cell', '--lr 1'),
+                        ('goes with --cell', '--lr 1 --cell E=1 --check_eta'),
+                        ('leave out --table', '--show --table 4'),
+                        ('leave out --table', '--figure --cell E=1')):
         monkeypatch.setattr('sys.argv', ['reproduce.py', *wrong.split()])
         with pytest.raises(SystemExit):
             reproduce.main()
-        assert 'goes with --cell' in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     monkeypatch.setattr('sys.argv', 'reproduce.py --table 4 --cell E=5,lstm'.split())
     with pytest.raises(SystemExit, match='no cell has all of these parts; there are B=10, B=50, B'):
         reproduce.main()
