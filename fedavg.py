@@ -95,7 +95,7 @@ class LocalUpdate:
         return loss.detach()
 
     def loss(self, logits, y, reduction='mean'):
-        """The mean loss of logits (B, classes, ...) for labels y (B, ...), or of each ('none')."""
+        """The loss of logits (B, classes, ...) for y (B, ...): the mean or, if 'none', each."""
         return F.cross_entropy(logits, y, reduction=reduction)
 
     def adjust(self, parameters, start):

@@ -177,8 +177,8 @@ def args_parser(argv=None, rooms=()):
                     description='Federated averaging: Algorithm 1 of McMahan et al. 2017.')
     flags(adder(parser.add_argument_group('the paper')))
     for room in rooms:
-        about = room.__doc__.splitlines()[0].removesuffix('.')
         if hasattr(room, 'flags'):
+            about = room.__doc__.splitlines()[0].removesuffix('.')
             room.flags(adder(parser.add_argument_group(f'{room.__name__}: {about}')))
     args = parser.parse(argv)
     check(args)

@@ -196,7 +196,7 @@ def search(table, cell, words, paper, data_dir):
     at = grid.index(min(done, key=done.get)) if done else start
     def rounds(i):
         if grid[i] not in done:
-            print(f'--- {table}, {cell}: eta {grid[i]} on seed {SEED}', file=sys.stderr)
+            print(f'--- {table}, {cell}: trying eta {grid[i]} on seed {SEED}', file=sys.stderr)
             limits = [math.ceil(v) for v in done.values() if v < math.inf]
             most = min([math.ceil(1.5 * (paper or UNKNOWN)), *limits])
             reached, seconds, _ = run(words, grid[i], SEED, most, data_dir)
