@@ -31,7 +31,7 @@ def test_the_tables_cells_are_what_the_paper_has_and_the_program_takes():
 @pytest.mark.parametrize('best, tried', [
     (0.1, [0.1, 0.0464, 0.2154]), (0.01, [0.1, 0.0464, 0.0215, 0.01]),
     (1, [0.1, 0.0464, 0.2154, 0.4642, 1]), (None, None)])
-def test_eta_is_searched_where_rounds_become_fewer(monkeypatch, best, tried):
+def test_eta_is_searched_where_rounds_become_fewer(monkeypatch, capsys, best, tried):
     asked, known = [], {}
     def run(words, lr, *_):
         asked.append(lr)
@@ -46,6 +46,7 @@ def test_eta_is_searched_where_rounds_become_fewer(monkeypatch, best, tried):
     assert search(1, 1) == best
     assert asked == tried if tried else sorted(asked) == reproduce.GRID
     assert search(5, 0) == best and asked[0] == 0.0464
+    assert 'trying eta 0.0464 on seed 7' in capsys.readouterr().err
     if best == 0.1:         # it goes on from the best one tried
         known.update({0.0464: math.inf, 0.1: 1.0})
         assert search(5, 0) == 0.1 and asked == [0.2154]
